@@ -1,0 +1,435 @@
+"""Gaussian mixtures: the diffusion models whose epsilon is known exactly at every state and noise level.
+
+With data `x_0 ~ sum_k w_k N(mu_k, C_k)` the state `x_t = alpha x_0 + sigma eps` has the density
+`p_t = sum_k w_k N(alpha mu_k, alpha^2 C_k + sigma^2 I)`, and `E[eps | x_t] = -sigma grad log p_t` (Tweedie's formula;
+Efron 2011, doi:10.1198/jasa.2011.tm11181). Components of no width on the images of a data set are the ideal denoiser of
+Karras et al. 2022 (arXiv:2206.00364, appendix B.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samplers.noise import check_seed
+from samplers.schedule import Schedule
+
+Scalar = float | Tensor
+
+_ROWWISE_DIMENSION = 64  # up to here products are summed row by row, so that no row depends on its batch
+_CHUNK = 2**22  # numbers in the largest temporary tensor
+_ORTHONORMAL = 1e-8
+
+
+class _Parameters(NamedTuple):
+    """A mixture in the dtype and on the device of a state."""
+
+    log_weights: Tensor  # (K,)
+    means: Tensor  # (K, D)
+    residual: Tensor  # (K,)
+    basis: Tensor | None  # (K, D, r)
+    transposed: Tensor | None  # (K, r, D), contiguous
+    spectrum: Tensor | None  # (K, r): variances of the data along the basis
+
+
+class _Parts(NamedTuple):
+    """Distances of B states from K means, split by the components' bases, with the variances that go with them."""
+
+    outside: Tensor | None  # (B, K, D): what is orthogonal to the basis; None where the basis spans everything
+    floor: Tensor  # (B, K)
+    inside: Tensor | None  # (B, K, r): coordinates in the basis; None where there is no basis
+    spread: Tensor | None  # (B, K, r)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GaussianMixture:
+    """A mixture of K Gaussians over samples of a given shape, with D numbers in a sample.
+
+    The covariance of component k is `residual_k I + Q_k diag(variances_k) Q_k^T`: isotropic without a basis, any
+    covariance with a square one, and a mixture of probabilistic principal components (Tipping & Bishop 1999,
+    doi:10.1162/089976699300016728) in between, which is what fits image-sized data into memory. A component without
+    variance in some direction (all of them with residual 0 and no basis: the empirical distribution) is accepted.
+
+    Args:
+        weights: (K,), positive, of sum 1.
+        means: (K, *shape).
+        residual: (K,), the variance in every direction, >= 0.
+        basis: (K, D, r) with orthonormal columns, 1 <= r <= D, or None.
+        variances: (K, r), the variance along each column of the basis on top of `residual`, >= 0; None without a basis.
+            All five are kept as float64 tensors in main memory.
+
+    Raises:
+        ValueError: other shapes, NaN or Inf, weights or variances out of range, a basis not orthonormal to 1e-8.
+    """
+
+    weights: Tensor
+    means: Tensor
+    residual: Tensor
+    basis: Tensor | None = None
+    variances: Tensor | None = None
+    _casts: dict[tuple[torch.dtype, torch.device], _Parameters] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "means", "residual", "basis", "variances"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _float64(getattr(self, name), name))
+        _check_weights(self.weights)
+        components = len(self.weights)
+        if self.means.ndim < 2 or len(self.means) != components or self.means.numel() == 0:
+            raise ValueError(f"means must be ({components}, *shape) like the weights, got {tuple(self.means.shape)}")
+        _check_variances("residual", self.residual, (components,))
+        if (self.basis is None) != (self.variances is None):
+            given, missing = ("variances", "basis") if self.basis is None else ("basis", "variances")
+            raise ValueError(f"basis and variances must be given together, got {given} and {missing}=None")
+        if self.basis is not None and self.variances is not None:
+            _check_basis(self.basis, components, self.dim)
+            _check_variances("variances", self.variances, (components, self.basis.shape[2]))
+
+    @classmethod
+    def isotropic(cls, means: Any, std: Any, weights: Any = None) -> GaussianMixture:
+        """Components that are round.
+
+        Args:
+            means: (K, *shape).
+            std: standard deviation of the components, a float or (K,), >= 0.
+            weights: (K,), positive, of sum 1; None: all equal.
+
+        Raises:
+            ValueError: as for the class.
+        """
+        means, std = _float64(means, "means"), _float64(std, "std")
+        components = len(means) if means.ndim else 0
+        if std.ndim == 0:
+            std = std.expand(components)
+        _check_variances("std", std, (components,))
+        if weights is None:
+            weights = torch.full((components,), 1.0 / max(components, 1), dtype=torch.float64)
+        return cls(weights, means, std**2)
+
+    @classmethod
+    def from_covariances(cls, weights: Any, means: Any, covariances: Any) -> GaussianMixture:
+        """Components with any covariances.
+
+        Args:
+            weights: (K,), positive, of sum 1.
+            means: (K, *shape).
+            covariances: (K, D, D), symmetric, without negative eigenvalues (to 1e-10 of the largest, then taken as 0).
+
+        Raises:
+            ValueError: as for the class, and covariances that are not square, symmetric or positive semi-definite.
+        """
+        covariances = _float64(covariances, "covariances")
+        if covariances.ndim != 3 or covariances.shape[1] != covariances.shape[2]:
+            raise ValueError(f"covariances must be (K, D, D), got {tuple(covariances.shape)}")
+        if not torch.allclose(covariances, covariances.mT, rtol=0.0, atol=1e-10 * float(covariances.abs().max())):
+            raise ValueError("covariances must be symmetric, got one that differs from its transpose")
+        values, basis = torch.linalg.eigh(covariances)
+        lowest, largest = float(values.min()), float(values.max())
+        if lowest < -1e-10 * largest:
+            raise ValueError(f"covariances must be positive semi-definite, got an eigenvalue {lowest:g}")
+        return cls(weights, means, torch.zeros(len(covariances)), basis, values.clamp(min=0.0))
+
+    @classmethod
+    def random(cls, dim: int = 2, components: int = 5, seed: int = 0) -> GaussianMixture:
+        """A standard test problem: means far apart, elongated components, mean 0, and variance 1 averaged over coordinates.
+
+        Args:
+            dim: D >= 1; the shape is (dim,). Beyond 16 dimensions the components are elongated along 16 directions and
+                round in the others.
+            components: K >= 1.
+            seed: >= 0; one seed is one mixture.
+
+        Raises:
+            ValueError: a size below 1, or a negative seed.
+        """
+        for name, size in (("dim", dim), ("components", components)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        rng = np.random.default_rng(check_seed(seed))
+        weights = rng.uniform(0.5, 1.5, components)
+        weights /= weights.sum()
+        means = _far_apart(rng, dim, components)
+        means -= weights @ means
+        rank = min(dim, 16)
+        basis = np.linalg.qr(rng.standard_normal((components, dim, rank)))[0]
+        variances = np.exp(2 * rng.uniform(np.log(0.15), np.log(0.6), (components, rank)))
+        residual = np.full(components, 0.15**2 if rank < dim else 0.0)
+        total = weights @ ((means**2).sum(1) + variances.sum(1) + dim * residual) / dim
+        return cls(weights, means / total**0.5, residual / total, basis, variances / total)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"GaussianMixture(components={len(self.weights)}, shape={self.shape}, rank={self.rank})"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a sample."""
+        return tuple(self.means.shape[1:])
+
+    @property
+    def dim(self) -> int:
+        """D, the numbers in a sample."""
+        return math.prod(self.shape)
+
+    @property
+    def rank(self) -> int:
+        """The columns r of each basis; 0 without one."""
+        return 0 if self.basis is None else self.basis.shape[2]
+
+    def eps(self, x: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
+        """`E[eps | x_t = x]`, exact up to rounding in the dtype of x (in float32 where x is of half precision).
+
+        On the CPU the result for a row has the same bits whatever batch it is in, with up to 64 dimensions, or without
+        a basis in any number of them (up to 32768 components, beyond which threads share one sum).
+
+        Args:
+            x: (B, *shape), of a floating dtype, on any device.
+            alpha: >= 0, a float or a (B,) tensor.
+            sigma: >= 0, likewise. sigma = 0 needs alpha > 0 and components with variance in every direction. Floats are
+                checked; tensors are not, which would synchronise the device, and give NaN there.
+
+        Returns:
+            Shape, dtype and device of x.
+
+        Raises:
+            ValueError: another shape or dtype, or a float level out of range.
+        """
+        return self._by_rows(_eps, x, alpha, sigma).view(x.shape)
+
+    def x0(self, x: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
+        """`E[x_0 | x_t = x]`, shape of x, computed without a division by alpha; arguments and errors as for `eps`."""
+        return self._by_rows(_x0, x, alpha, sigma).view(x.shape)
+
+    def log_prob(self, x: Tensor, alpha: Scalar = 1.0, sigma: Scalar = 0.0) -> Tensor:
+        """`log p_t(x)`, (B,), in nats; the density of the data by default. Arguments and errors as for `eps`."""
+        return self._by_rows(_log_prob, x, alpha, sigma)
+
+    def net(self, schedule: Schedule) -> Callable[[Tensor, Tensor], Tensor]:
+        """A network for `EpsModel(net, schedule, predicts="eps")`.
+
+        Args:
+            schedule: gives alpha and sigma; they are evaluated in float64.
+
+        Returns:
+            `net(x, t) -> epsilon`, with x (B, *shape) and t (B,) in the schedule's time.
+        """
+
+        def net(x: Tensor, t: Tensor) -> Tensor:
+            t = t.double()
+            return self.eps(x, schedule.alpha(t), schedule.sigma(t))
+
+        return net
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """Exact samples of the data, (n, *shape) float64; sample i of a seed is the same whatever n.
+
+        Raises:
+            ValueError: n or seed negative.
+        """
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        # one stream for each purpose, so that row i of each does not move with n
+        pick, wide, narrow = (np.random.default_rng(s) for s in np.random.SeedSequence(check_seed(seed)).spawn(3))
+        edges = torch.cumsum(self.weights, 0)[:-1]
+        chosen = torch.searchsorted(edges, torch.from_numpy(pick.random(n)), right=True)
+        x = self.means.flatten(1)[chosen]
+        if self.residual.any():
+            x += self.residual.sqrt()[chosen, None] * torch.from_numpy(wide.standard_normal((n, self.dim)))
+        if self.basis is not None and self.variances is not None:
+            along = self.variances.sqrt()[chosen] * torch.from_numpy(narrow.standard_normal((n, self.rank)))
+            for k, basis in enumerate(self.basis):
+                x[chosen == k] += along[chosen == k] @ basis.T
+        return x.view(n, *self.shape)
+
+    def mean(self) -> Tensor:
+        """The exact mean of the data, (D,) float64."""
+        return self.weights @ self.means.flatten(1)
+
+    def covariance(self) -> Tensor:
+        """The exact covariance of the data, (D, D) float64."""
+        centred = self.means.flatten(1) - self.mean()
+        columns = [centred.T * self.weights.sqrt()]
+        if self.basis is not None and self.variances is not None:
+            columns += [q * (w * v).sqrt() for q, w, v in zip(self.basis, self.weights, self.variances, strict=True)]
+        root = torch.cat(columns, dim=1)
+        return root @ root.T + (self.weights @ self.residual) * torch.eye(self.dim, dtype=torch.float64)
+
+    def _by_rows(self, function: Callable[..., Tensor], x: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
+        """`function(parameters, x (b, D), alpha (b, 1), sigma (b, 1))` over chunks of rows that bound the memory."""
+        if x.ndim == 0 or x.shape[1:] != self.shape or not x.is_floating_point():
+            expected = ", ".join(map(str, ("B", *self.shape)))
+            raise ValueError(f"x must be ({expected}) of a floating dtype, got {tuple(x.shape)} {x.dtype}")
+        self._check_levels(alpha, sigma)
+        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+        rows = x.to(dtype).reshape(len(x), self.dim).contiguous()
+        levels = [_level(value, rows, name) for value, name in ((alpha, "alpha"), (sigma, "sigma"))]
+        numbers = self.means.numel() * (max(self.rank, 1) if self.dim <= _ROWWISE_DIMENSION else 1)
+        size = max(1, _CHUNK // numbers)
+        parameters = self._cast(dtype, x.device)
+        chunks = [
+            function(parameters, rows[i : i + size], *(level[i : i + size] for level in levels))
+            for i in range(0, max(len(x), 1), size)
+        ]
+        return (chunks[0] if len(chunks) == 1 else torch.cat(chunks)).to(x.dtype)
+
+    def _check_levels(self, alpha: Scalar, sigma: Scalar) -> None:
+        for name, value in (("alpha", alpha), ("sigma", sigma)):
+            if not isinstance(value, Tensor) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if isinstance(sigma, Tensor) or sigma > 0:
+            return
+        if self._flat or (not isinstance(alpha, Tensor) and alpha == 0):
+            raise ValueError(
+                f"sigma must be positive where a component has no variance in some direction or alpha = 0, got {sigma}"
+            )
+
+    @property
+    def _flat(self) -> bool:
+        """Whether some component has no variance in some direction."""
+        floor = self.residual
+        if self.variances is not None:
+            lowest = floor + self.variances.amin(1)
+            floor = lowest if self.rank == self.dim else torch.minimum(floor, lowest)
+        return bool((floor == 0).any())
+
+    def _cast(self, dtype: torch.dtype, device: torch.device) -> _Parameters:
+        if (dtype, device) not in self._casts:
+            basis, spectrum, transposed = self.basis, None, None
+            if basis is not None and self.variances is not None:
+                spectrum, transposed = self.residual[:, None] + self.variances, basis.mT.contiguous()
+            wide = (self.weights.log(), self.means.flatten(1), self.residual, basis, transposed, spectrum)
+            cast = (None if value is None else value.to(dtype=dtype, device=device) for value in wide)
+            self._casts[dtype, device] = _Parameters(*cast)  # type: ignore[arg-type]
+        return self._casts[dtype, device]
+
+
+def _eps(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    parts = _split(q, x, alpha, sigma)
+    spread = None if parts.spread is None else sigma[:, :, None] / parts.spread
+    return _mix(_responsibilities(q, parts), _scaled(q, parts, sigma / parts.floor, spread))
+
+
+def _x0(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    parts = _split(q, x, alpha, sigma)
+    spread = None
+    if q.spectrum is not None and parts.spread is not None:
+        spread = alpha[:, :, None] * q.spectrum / parts.spread
+    moved = _scaled(q, parts, alpha * q.residual / parts.floor, spread)
+    return _mix(_responsibilities(q, parts), q.means + moved)
+
+
+def _log_prob(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    joint = _joint(q, _split(q, x, alpha, sigma))
+    largest = joint.amax(1)
+    return largest + (joint - largest[:, None]).exp().sum(1).log()
+
+
+def _split(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> _Parts:
+    away = x[:, None, :] - alpha[:, :, None] * q.means
+    floor = alpha**2 * q.residual + sigma**2
+    if q.basis is None or q.transposed is None or q.spectrum is None:
+        return _Parts(away, floor, None, None)
+    inside = _multiply(away, q.transposed)
+    spread = alpha[:, :, None] ** 2 * q.spectrum + sigma[:, :, None] ** 2
+    # a square basis leaves only rounding outside, which a division by a small floor would blow up
+    outside = None if inside.shape[2] == x.shape[1] else away - _multiply(inside, q.basis)
+    return _Parts(outside, floor, inside, spread)
+
+
+def _joint(q: _Parameters, parts: _Parts) -> Tensor:
+    """`log w_k + log N(x; alpha mu_k, alpha^2 C_k + sigma^2 I)`, (B, K)."""
+    dim = q.means.shape[1]
+    rank = 0 if q.basis is None else q.basis.shape[2]
+    energy = dim * math.log(2 * math.pi) - 2 * q.log_weights
+    if parts.outside is not None:
+        energy = energy + (parts.outside**2).sum(2) / parts.floor + (dim - rank) * parts.floor.log()
+    if parts.inside is not None and parts.spread is not None:
+        energy = energy + (parts.inside**2 / parts.spread + parts.spread.log()).sum(2)
+    return -0.5 * energy
+
+
+def _responsibilities(q: _Parameters, parts: _Parts) -> Tensor:
+    """The probability of each component given the state, (B, K)."""
+    joint = _joint(q, parts)
+    likelihood = (joint - joint.amax(1, keepdim=True)).exp()
+    return likelihood / likelihood.sum(1, keepdim=True)
+
+
+def _scaled(q: _Parameters, parts: _Parts, outside: Tensor, inside: Tensor | None) -> Tensor:
+    """The distances put together again with a factor for each part: (B, K, D)."""
+    terms = []
+    if parts.outside is not None:
+        terms.append(parts.outside * outside[:, :, None])
+    if parts.inside is not None and inside is not None and q.basis is not None:
+        terms.append(_multiply(parts.inside * inside, q.basis))
+    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def _multiply(vectors: Tensor, matrices: Tensor) -> Tensor:
+    """The product of (K, n, m) matrices with (B, K, m) vectors: (B, K, n)."""
+    if max(matrices.shape[1:]) > _ROWWISE_DIMENSION:
+        return torch.einsum("bkm,knm->bkn", vectors, matrices)
+    # a matrix product of the library adds in an order that depends on the batch size
+    return (vectors[:, :, None, :] * matrices).sum(3)
+
+
+def _mix(weights: Tensor, vectors: Tensor) -> Tensor:
+    """The sum of (B, K, D) vectors with (B, K) weights: (B, D)."""
+    return (vectors.mT.contiguous() * weights[:, None, :]).sum(2)
+
+
+def _level(value: Scalar, rows: Tensor, name: str) -> Tensor:
+    """A noise level as (B, 1), in the dtype and on the device of the states."""
+    if not isinstance(value, Tensor):
+        return rows.new_full((len(rows), 1), value)
+    if value.ndim and value.shape != (len(rows),):
+        raise ValueError(f"{name} must be a float or of shape ({len(rows)},), got {tuple(value.shape)}")
+    return value.to(rows).reshape(-1, 1).expand(len(rows), 1)
+
+
+def _float64(value: Any, name: str) -> Tensor:
+    """A private copy in main memory: what the caller does to its array later must not reach a frozen mixture."""
+    tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().clone()
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name} must be finite, got NaN or Inf")
+    return tensor
+
+
+def _check_weights(weights: Tensor) -> None:
+    if weights.ndim != 1 or len(weights) == 0:
+        raise ValueError(f"weights must be (K,) with K >= 1, got {tuple(weights.shape)}")
+    if not (weights > 0).all():
+        raise ValueError(f"weights must be positive, got {float(weights.min()):g}")
+    if abs(float(weights.sum()) - 1.0) > 1e-8:
+        raise ValueError(f"weights must add up to 1, got {float(weights.sum()):.12g}")
+
+
+def _check_variances(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(values.shape) != shape:
+        raise ValueError(f"{name} must be of shape {shape}, got {tuple(values.shape)}")
+    if (values < 0).any():
+        raise ValueError(f"{name} must be at least 0, got {float(values.min()):g}")
+
+
+def _check_basis(basis: Tensor, components: int, dim: int) -> None:
+    if basis.ndim != 3 or basis.shape[:2] != (components, dim) or not 1 <= basis.shape[2] <= dim:
+        raise ValueError(f"basis must be ({components}, {dim}, 1 to {dim} columns), got {tuple(basis.shape)}")
+    error = (basis.mT @ basis - torch.eye(basis.shape[2], dtype=torch.float64)).abs().max()
+    if error > _ORTHONORMAL:
+        raise ValueError(f"basis must have orthonormal columns, got Q^T Q that differs from I by {float(error):g}")
+
+
+def _far_apart(rng: np.random.Generator, dim: int, count: int) -> np.ndarray:
+    """Points of a normal cloud, each the farthest from those before it: (count, dim)."""
+    cloud = rng.standard_normal((32 * count, dim))
+    chosen = [0]
+    distance = np.full(len(cloud), np.inf)
+    for _ in range(count - 1):
+        distance = np.minimum(distance, ((cloud - cloud[chosen[-1]]) ** 2).sum(1))
+        chosen.append(int(distance.argmax()))
+    return cloud[chosen]

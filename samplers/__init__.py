@@ -1,0 +1,25 @@
+"""Samplers of diffusion models as data: schedules, the epsilon-model, plans, and the executor that runs them."""
+
+from samplers import grid as grids
+from samplers import schedule as schedules
+from samplers.errors import SamplingError
+from samplers.execute import Progress, run_plan
+from samplers.model import EpsModel
+from samplers.plan import Plan, PlanError
+from samplers.registry import Sampler, list_samplers
+from samplers.sampling import make_plan, sample
+
+__all__ = [
+    "EpsModel",
+    "Plan",
+    "PlanError",
+    "Progress",
+    "Sampler",
+    "SamplingError",
+    "grids",
+    "list_samplers",
+    "make_plan",
+    "run_plan",
+    "sample",
+    "schedules",
+]

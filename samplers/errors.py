@@ -1,0 +1,24 @@
+"""Errors that callers may want to tell apart, and the wording they share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SamplingError(RuntimeError):
+    """Sampling failed inside the network: it returned NaN or Inf. The message names the step and the time."""
+
+
+def unknown(what: str, given: object, accepted: Iterable[str]) -> ValueError:
+    """A `ValueError` for a name that does not exist, offering the closest names that do.
+
+    Args:
+        what: the argument's name.
+        given: what the caller passed.
+        accepted: the names that exist.
+    """
+    names = sorted(accepted)
+    close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return ValueError(f"unknown {what} {given!r}; {hint}accepted: {', '.join(names)}")

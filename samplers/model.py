@@ -1,0 +1,177 @@
+"""The epsilon-model: one interface to networks that predict epsilon, x0, v, the score, a flow, or EDM's F."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from samplers.errors import unknown
+from samplers.schedule import Schedule
+
+Scalar = float | Tensor
+PREDICTIONS = ("eps", "x0", "v", "score", "flow", "edm")
+
+
+class Affine(NamedTuple):
+    """`value = x * state + out * output`: how a wanted quantity follows from the state and the network's output."""
+
+    x: Scalar
+    out: Scalar
+
+
+def _eps_and_x0(predicts: str, alpha: Scalar, sigma: Scalar, dalpha: Scalar, dsigma: Scalar, data: float) -> tuple[Affine, Affine]:
+    """Epsilon and x0 as affine functions of the state and of what the network outputs, for any schedule.
+
+    From `x = alpha x0 + sigma eps` and: `v = alpha eps - sigma x0` (Salimans & Ho 2022, arXiv:2202.00512, appendix D),
+    `score = -eps / sigma`, `flow = dalpha x0 + dsigma eps`, and EDM's preconditioning (arXiv:2206.00364, table 1). A
+    division by an alpha or sigma that is zero gives inf: that quantity does not follow from that prediction there.
+    """
+    if predicts == "eps":
+        return Affine(0.0, 1.0), Affine(_ratio(1.0, alpha), -_ratio(sigma, alpha))
+    if predicts == "x0":
+        return Affine(_ratio(1.0, sigma), -_ratio(alpha, sigma)), Affine(0.0, 1.0)
+    if predicts == "v":
+        norm = alpha**2 + sigma**2
+        return Affine(sigma / norm, alpha / norm), Affine(alpha / norm, -sigma / norm)
+    if predicts == "score":
+        return Affine(0.0, -sigma), Affine(_ratio(1.0, alpha), _ratio(sigma**2, alpha))
+    if predicts == "flow":
+        det = alpha * dsigma - sigma * dalpha
+        return Affine(-dalpha / det, alpha / det), Affine(dsigma / det, -sigma / det)
+    # EDM: D(x / alpha) = c_skip x / alpha + c_out F, and eps = (x / alpha - D) alpha / sigma, without the cancellation
+    total = sigma**2 + (data * alpha) ** 2
+    root = total**0.5
+    return Affine(sigma / total, -data * alpha / root), Affine(data**2 * alpha / total, sigma * data / root)
+
+
+def _ratio(a: Scalar, b: Scalar) -> Scalar:
+    return a / b if isinstance(b, Tensor) or b != 0 else float("inf")
+
+
+class EpsModel:
+    """A network with its noise schedule, seen as epsilon, x0 or v, whatever it was trained to predict.
+
+    Args:
+        net: `net(x, t, **cond) -> output`, with x (B, ...), t (B,) of x's dtype (float32 where x is of half precision),
+            and an output of x's shape. For `predicts="edm"` it is the raw network F, called with `c_in x / alpha` and
+            `c_noise = log(sigma / alpha) / 4`.
+        schedule: the noise schedule the network was trained on.
+        predicts: "eps", "x0", "v", "score", "flow" (dx/dt of the interpolant) or "edm".
+        time_input: maps the schedule's time (B,) to what the network takes, e.g. `lambda t: 1000 * t`; None: passed as it is.
+        sigma_data: EDM's standard deviation of the data; used by `predicts="edm"` only.
+
+    Raises:
+        TypeError: `net` or `time_input` cannot be called, or `schedule` is not a Schedule.
+        ValueError: an unknown `predicts`.
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        schedule: Schedule,
+        predicts: str = "eps",
+        time_input: Callable[[Tensor], Tensor] | None = None,
+        *,
+        sigma_data: float = 0.5,
+    ) -> None:
+        if not callable(net):
+            raise TypeError(f"net must be callable as net(x, t, **cond), got {type(net).__name__}")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a samplers.schedules schedule, got {type(schedule).__name__}")
+        if time_input is not None and not callable(time_input):
+            raise TypeError(f"time_input must be None or callable, got {type(time_input).__name__}")
+        if predicts not in PREDICTIONS:
+            raise unknown("predicts", predicts, PREDICTIONS)
+        self.net, self.schedule, self.predicts, self.time_input, self.sigma_data = net, schedule, predicts, time_input, sigma_data
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The network's first parameter, whose dtype and device a state must have; None where it has none."""
+        parameters = getattr(self.net, "parameters", None)
+        return next(iter(parameters()), None) if callable(parameters) else None
+
+    def __call__(self, x: Tensor, t: Scalar, **cond: Any) -> Tensor:
+        """Epsilon at states x (B, ...) and time t, a float or a (B,) tensor; the same as `eps`."""
+        return self.eps(x, t, **cond)
+
+    def eps(self, x: Tensor, t: Scalar, **cond: Any) -> Tensor:
+        """The noise in x, shape of x: `(x - alpha x0) / sigma`."""
+        return self._predict(x, t, "eps", cond)
+
+    def x0(self, x: Tensor, t: Scalar, **cond: Any) -> Tensor:
+        """The clean data behind x, shape of x: `(x - sigma eps) / alpha`."""
+        return self._predict(x, t, "x0", cond)
+
+    def v(self, x: Tensor, t: Scalar, **cond: Any) -> Tensor:
+        """The velocity `alpha eps - sigma x0`, shape of x."""
+        return self._predict(x, t, "v", cond)
+
+    def evaluate(self, x: Tensor, t: float, alpha: float, sigma: float, kind: str, cond: Mapping[str, Any]) -> tuple[Tensor, Affine]:
+        """One network call as a plan makes it: the raw output, and how `kind` follows from it.
+
+        Args:
+            x: states (B, ...).
+            t, alpha, sigma: Python floats, so that nothing is computed or synchronised on the device.
+            kind: "eps", "x0" or "v".
+            cond: passed to the network.
+
+        Raises:
+            ValueError: the network cannot give `kind` at this time (epsilon-prediction where alpha = 0), or it returned another shape.
+        """
+        affine = self._affine(kind, t, alpha, sigma)
+        if float("inf") in (abs(affine.x), abs(affine.out)):
+            raise ValueError(f"a network with predicts={self.predicts!r} gives no {kind} at t={t:g}, where alpha={alpha:g} and sigma={sigma:g}")
+        times = torch.full((len(x),), t, dtype=_time_dtype(x), device=x.device)
+        return self._call(x, times, alpha, sigma, cond), affine
+
+    def _predict(self, x: Tensor, t: Scalar, kind: str, cond: Mapping[str, Any]) -> Tensor:
+        if not isinstance(t, Tensor) or t.ndim == 0:
+            t = float(t)
+            out, affine = self.evaluate(x, t, float(self.schedule.alpha(t)), float(self.schedule.sigma(t)), kind, cond)
+        else:
+            if t.shape != (len(x),):
+                raise ValueError(f"t must be a float or of shape ({len(x)},), got {tuple(t.shape)}")
+            t = t.to(dtype=torch.float64, device=x.device)
+            column = t.view(-1, *[1] * (x.ndim - 1))
+            alpha, sigma = self.schedule.alpha(column), self.schedule.sigma(column)
+            wide = self._affine(kind, column, alpha, sigma)
+            affine = Affine(*(a.to(x.dtype) if isinstance(a, Tensor) else a for a in wide))
+            out = self._call(x, t.to(_time_dtype(x)), alpha, sigma, cond)
+        return affine.out * out if _is_zero(affine.x) else affine.x * x + affine.out * out
+
+    def _affine(self, kind: str, t: Scalar, alpha: Scalar, sigma: Scalar) -> Affine:
+        dalpha, dsigma = (self.schedule.dalpha(t), self.schedule.dsigma(t)) if self.predicts == "flow" else (0.0, 0.0)
+        eps, x0 = _eps_and_x0(self.predicts, alpha, sigma, dalpha, dsigma, self.sigma_data)
+        if kind == "v":
+            if self.predicts == "v":
+                return Affine(0.0, 1.0)
+            # at either end of time the infinite one of the two comes with a zero factor
+            parts = [(alpha, eps), (-sigma, x0)]
+            return Affine(*(sum(f * getattr(a, field) for f, a in parts if not _is_zero(f)) for field in ("x", "out")))
+        return eps if kind == "eps" else x0
+
+    def _call(self, x: Tensor, times: Tensor, alpha: Scalar, sigma: Scalar, cond: Mapping[str, Any]) -> Tensor:
+        state = x
+        if self.predicts == "edm":  # c_in x / alpha and c_noise
+            total = sigma**2 + (self.sigma_data * alpha) ** 2
+            state = x * (total**-0.5 if not isinstance(total, Tensor) else total.rsqrt().to(x.dtype))
+            times = (-0.25 * self.schedule.lam(times.double())).to(times.dtype)
+        if self.time_input is not None:
+            times = self.time_input(times)
+        out = self.net(state, times, **cond)
+        if not isinstance(out, Tensor):
+            raise TypeError(f"net must return a tensor, got {type(out).__name__}; wrap it, e.g. lambda x, t: net(x, t).sample")
+        if out.shape != x.shape:
+            raise ValueError(f"net must return the shape of x, {tuple(x.shape)}, got {tuple(out.shape)}")
+        return out
+
+
+def _time_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _is_zero(value: Scalar) -> bool:
+    return not isinstance(value, Tensor) and value == 0

@@ -1,0 +1,82 @@
+"""Noise by counter: the k-th noise of sample i under seed s is a pure function of (s, i, k).
+
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11) in integer tensor arithmetic, so
+it runs on any device and gives the same bits for any batch size, order of work or number of devices; then Box-Muller
+in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four random 32-bit words for each counter.
+
+    Args:
+        counter: four int64 tensors that broadcast against each other, each word in [0, 2^32).
+        seed: the 64-bit key.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each word uniform in [0, 2^32).
+    """
+    a, b, c, d = counter
+    key0, key1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        # the product wraps modulo 2^64, and an arithmetic shift followed by a mask still yields its upper word
+        product0, product1 = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, c = ((product1 >> 32) & _MASK) ^ b ^ key0, ((product0 >> 32) & _MASK) ^ d ^ key1
+        b, d = product1 & _MASK, product0 & _MASK
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return a, b, c, d
+
+
+def standard_normal(
+    seed: int,
+    indices: Tensor,
+    number: int,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Standard normal noise, one independent stream for each sample index and noise number.
+
+    Args:
+        seed: in [0, 2^64).
+        indices: (B,) int64 sample indices in [0, 2^63).
+        number: which noise of the sample, in [0, 2^32): 0 is the start noise, k + 1 the k-th noise of a stochastic plan.
+        shape: of one sample.
+        dtype, device: of the result; the numbers are drawn in float64 whatever the dtype.
+
+    Returns:
+        (B, *shape).
+    """
+    size = math.prod(shape)
+    blocks = torch.arange((size + 3) // 4, dtype=torch.int64, device=device)
+    index = indices.to(device=device, dtype=torch.int64)[:, None]
+    words = philox((blocks[None, :], torch.full_like(index, number), index & _MASK, index >> 32), seed)
+    uniform = torch.stack([word.double() for word in words], dim=-1).add_(0.5).mul_(2.0**-32)
+    radius = uniform[..., :2].log().mul_(-2.0).sqrt_()
+    angle = uniform[..., 2:] * (2.0 * math.pi)
+    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
+    return normal.flatten(1)[:, :size].to(dtype).reshape(len(indices), *shape)
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if it is one.
+
+    Raises:
+        ValueError: not an integer in [0, 2^64).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2^64), got {seed!r}")
+    return seed

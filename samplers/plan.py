@@ -1,0 +1,214 @@
+"""A fixed-step sampler as data: a straight-line program of network evaluations and linear combinations."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from samplers.program import START, Combine, Evaluate, Instruction, Program, lower
+
+FORMAT, VERSION = "fewstep-plan", 1
+KINDS = ("eps", "x0")
+
+
+class PlanError(ValueError):
+    """A plan that cannot be run; the message gives the path of the bad field."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sampler's whole computation, each value named once (single assignment).
+
+    Attributes:
+        instructions: in order; the last Combine's `dst` is the result.
+        times: the grid's nodes t_0 > ... > t_N, in the schedule's time.
+        prediction: "eps" or "x0", what the solver works in.
+        sigma_T: sigma at t_0, the standard deviation of the start noise.
+        sampler: the name it was made under; not part of equality, which compares what is computed.
+
+    Raises:
+        PlanError: a name used before it exists or defined twice, a coefficient that is not finite, no result.
+    """
+
+    instructions: tuple[Instruction, ...]
+    times: tuple[float, ...]
+    prediction: str
+    sigma_T: float
+    sampler: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        known = {START}
+        for i, step in enumerate(self.instructions):
+            if isinstance(step, Evaluate):
+                used: tuple[str, ...] = (step.src,)
+                finite = math.isfinite(step.t + step.alpha + step.sigma)
+            else:
+                used = tuple(name for name, _ in step.terms)
+                finite = all(math.isfinite(coefficient) for _, coefficient in step.terms)
+                known.update(name for name in used if name[0] == "z")
+            if not finite:
+                raise PlanError(f"instructions[{i}]: not finite: {step}")
+            if not known.issuperset(used):
+                raise PlanError(f"instructions[{i}]: uses {sorted(set(used) - known)[0]!r} before it exists")
+            if step.dst in known:
+                raise PlanError(f"instructions[{i}]: defines {step.dst!r} a second time")
+            known.add(step.dst)
+        if not self.instructions or not isinstance(self.instructions[-1], Combine):
+            raise PlanError("instructions: the last one must be a combine, whose dst is the result")
+
+    @property
+    def nfe(self) -> int:
+        """Network calls per sample."""
+        return sum(isinstance(step, Evaluate) for step in self.instructions)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the grid."""
+        return len(self.times) - 1
+
+    @cached_property
+    def noises(self) -> int:
+        """Standard-normal noises the plan uses."""
+        return len({name for step in self.instructions if isinstance(step, Combine) for name, _ in step.terms if name[0] == "z"})
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the plan uses any noise but the start noise."""
+        return self.noises > 0
+
+    @cached_property
+    def program(self) -> Program:
+        """The plan lowered to registers, made once."""
+        return lower(self.instructions)
+
+    def matrix(self, kind: str | None = None) -> np.ndarray:
+        """Every evaluated state and the result as absolute coefficients on (x_T, outputs, noises).
+
+        Args:
+            kind: express every output as "eps" or "x0"; None: as the plan evaluates it.
+
+        Returns:
+            (nfe + 1, 1 + nfe + noises) float64: row j is the state of the j-th evaluation, the last row the result;
+            lower triangular in the outputs.
+
+        Raises:
+            ValueError: an unknown kind, or "eps" where the plan takes x0 at alpha = 0.
+        """
+        if kind not in (None, *KINDS):
+            raise ValueError(f"kind must be 'eps', 'x0' or None, got {kind!r}")
+        unit = np.eye(1 + self.nfe + self.noises)
+        rows: dict[str, np.ndarray] = {START: unit[0]}
+        evaluated: list[np.ndarray] = []
+        for step in self.instructions:
+            if isinstance(step, Evaluate):
+                state, output = rows[step.src], unit[1 + len(evaluated)]
+                evaluated.append(state)
+                rows[step.dst] = output if kind in (None, step.kind) else _converted(step, state, output)
+            else:
+                terms = [(unit[1 + self.nfe + int(n[1:])] if n[0] == "z" else rows[n], c) for n, c in step.terms]
+                rows[step.dst] = np.add.reduce([c * row for row, c in terms])
+        return np.stack([*evaluated, rows[self.instructions[-1].dst]])
+
+    def close(self, other: Plan, rtol: float = 1e-9) -> bool:
+        """Whether two plans compute the same: equal evaluation times and equal matrices in epsilon, up to rounding.
+
+        Args:
+            other: the plan to compare with.
+            rtol: tolerance relative to the largest coefficient.
+        """
+        mine, theirs = ([s.t for s in plan.instructions if isinstance(s, Evaluate)] for plan in (self, other))
+        if len(mine) != len(theirs) or self.noises != other.noises or not np.allclose(mine, theirs, rtol=rtol, atol=rtol):
+            return False
+        zero_alpha = any(isinstance(s, Evaluate) and s.alpha == 0 for s in self.instructions)
+        a, b = (plan.matrix("x0" if zero_alpha else "eps") for plan in (self, other))
+        return bool(np.abs(a - b).max() <= rtol * max(np.abs(a).max(), np.abs(b).max()))
+
+    def to_json(self) -> str:
+        """The plan as JSON text; numbers in shortest form that reads back to the same bits."""
+        steps = [{"op": type(step).__name__.lower(), **step._asdict()} for step in self.instructions]
+        head = {"format": FORMAT, "version": VERSION, "sampler": self.sampler, "prediction": self.prediction, "sigma_T": self.sigma_T}
+        return json.dumps({**head, "times": self.times, "instructions": steps}, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            PlanError: not JSON, another format or version, or a malformed field, named by its path.
+        """
+        try:
+            document = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"not JSON: {error}") from error
+        head = _Reader(document, "")
+        if head.get("format", str) != FORMAT or head.get("version", int) != VERSION:
+            raise PlanError(f"format: expected {FORMAT!r} version {VERSION}, got {document['format']!r} version {document['version']!r}")
+        times = tuple(_number(value, f"times[{i}]") for i, value in enumerate(head.get("times", list)))
+        steps = tuple(_instruction(_Reader(item, f"instructions[{i}]")) for i, item in enumerate(head.get("instructions", list)))
+        return Plan(steps, times, head.choice("prediction", KINDS), head.number("sigma_T"), head.get("sampler", str))
+
+
+def _converted(step: Evaluate, state: np.ndarray, output: np.ndarray) -> np.ndarray:
+    """The output of `step` in terms of the other kind: `x = alpha x0 + sigma eps`."""
+    own, other = (step.alpha, step.sigma) if step.kind == "x0" else (step.sigma, step.alpha)
+    if own == 0:
+        raise ValueError(f"the plan takes {step.kind} at t={step.t:g}, where it does not follow from the other kind")
+    return (state - other * output) / own
+
+
+class _Reader:
+    """A JSON object whose fields are checked as they are read, with the path for the message."""
+
+    def __init__(self, item: Any, path: str) -> None:
+        self.item, self.path = item, path
+        if not isinstance(item, dict):
+            raise PlanError(f"{path or 'plan'}: must be an object, got {type(item).__name__}")
+
+    def at(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
+
+    def get(self, name: str, kind: type) -> Any:
+        if name not in self.item:
+            raise PlanError(f"{self.at(name)}: missing")
+        if not isinstance(self.item[name], kind) or isinstance(self.item[name], bool):
+            raise PlanError(f"{self.at(name)}: must be {kind.__name__}, got {self.item[name]!r}")
+        return self.item[name]
+
+    def number(self, name: str) -> float:
+        return _number(self.get(name, object), self.at(name))
+
+    def choice(self, name: str, accepted: tuple[str, ...]) -> str:
+        value = self.get(name, str)
+        if value not in accepted:
+            raise PlanError(f"{self.at(name)}: must be one of {accepted}, got {value!r}")
+        return value
+
+
+def _number(value: Any, path: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise PlanError(f"{path}: must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _instruction(item: _Reader) -> Instruction:
+    op = item.choice("op", ("evaluate", "combine"))
+    if op == "evaluate":
+        numbers = (item.number(name) for name in ("t", "alpha", "sigma"))
+        return Evaluate(item.get("dst", str), item.get("src", str), *numbers, item.choice("kind", KINDS))
+    terms = []
+    for j, term in enumerate(item.get("terms", list)):
+        path = f"{item.at('terms')}[{j}]"
+        if not isinstance(term, list) or len(term) != 2 or not isinstance(term[0], str) or not term[0]:
+            raise PlanError(f"{path}: must be [name, coefficient], got {term!r}")
+        terms.append((term[0], _number(term[1], f"{path}[1]")))
+    if not terms:
+        raise PlanError(f"{item.at('terms')}: must not be empty")
+    node = item.item.get("node")
+    if node is not None and (isinstance(node, bool) or not isinstance(node, int)):
+        raise PlanError(f"{item.at('node')}: must be an integer or null, got {node!r}")
+    return Combine(item.get("dst", str), tuple(terms), node)

@@ -1,0 +1,212 @@
+"""From a sampler's name to a plan, and from a plan to samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from samplers.adaptive import integrate
+from samplers.execute import Callback, NoiseSource, check_start, run_plan, sample_indices
+from samplers.grid import Grid, Points, from_sigmas, from_timesteps, make_grid, points_of
+from samplers.model import EpsModel
+from samplers.noise import check_seed, standard_normal
+from samplers.plan import Plan
+from samplers.registry import Sampler, get_sampler
+from samplers.schedule import Schedule
+from samplers.solvers.exponential import mixed_orders
+
+Nodes = Sequence[float] | np.ndarray | Tensor
+_UNIFORM_IN_LAM = ("logsnr", "exponential")
+
+
+def make_plan(
+    sampler: str,
+    schedule: Schedule,
+    *,
+    steps: int | None = None,
+    nfe: int | None = None,
+    timesteps: Nodes | None = None,
+    sigmas: Nodes | None = None,
+    grid: str | Points | None = None,
+    final: str | None = None,
+    **options: Any,
+) -> Plan:
+    """The plan of a sampler on a schedule.
+
+    Args:
+        sampler: a registered name, see `list_samplers()`.
+        schedule: the noise schedule.
+        steps: number of steps of the grid.
+        nfe: budget of network calls; the plan uses as many steps as fit, and never more calls.
+        timesteps: explicit nodes in the schedule's time, end included.
+        sigmas: explicit nodes in `sigma_bar = sigma / alpha`, end included; the last may be 0.
+        grid: with steps or nfe: a grid's name, or a function `(schedule, n) -> n decreasing times`; None is the
+            sampler's recommended grid.
+        final: with steps or nfe: "t_min", "zero" or "denoise" (see `grids.make_grid`); None is the grid's own.
+        options: the sampler's own.
+
+    Raises:
+        ValueError: an unknown name or option, not exactly one of steps, nfe, timesteps and sigmas, a value out of range, or
+            a budget below one step.
+        TypeError: a schedule, step count or grid of another type.
+    """
+    entry = get_sampler(sampler)
+    entry.check_options(options)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a samplers.schedules schedule, got {type(schedule).__name__}")
+    nodes, options = _nodes(entry, schedule, steps, nfe, timesteps, sigmas, grid, final, options)
+    return entry.plan(nodes, **options)
+
+
+def sample(
+    model: EpsModel,
+    sampler: str,
+    *,
+    x_T: Tensor | None = None,
+    shape: Sequence[int] | None = None,
+    seed: int = 0,
+    indices: Tensor | None = None,
+    steps: int | None = None,
+    nfe: int | None = None,
+    timesteps: Nodes | None = None,
+    sigmas: Nodes | None = None,
+    grid: str | Points | None = None,
+    final: str | None = None,
+    noise_source: NoiseSource | None = None,
+    callback: Callback | None = None,
+    cond: Mapping[str, Any] | None = None,
+    check: bool | str = True,
+    **options: Any,
+) -> Tensor:
+    """Sample from a model.
+
+    Args:
+        model: the epsilon-model.
+        sampler: a registered name, see `list_samplers()`.
+        x_T: start states (B, ...) in x coordinates, `alpha x_0 + sigma eps` at the first node; or give `shape`.
+        shape: (B, ...) of start noise, drawn per sample from seed as `sigma z`, in the network's dtype and device.
+        seed: of start noise and step noise, in [0, 2^64).
+        indices: (B,) sample indices of this batch; None is 0 .. B-1. Sample i of a seed is the same in any batch.
+        steps, nfe, timesteps, sigmas, grid, final: as in `make_plan`. An error-controlled sampler passes through the
+            nodes, needs none of the first four, and takes nfe as a limit.
+        noise_source: `(k, like) -> Tensor`, the k-th used noise of a stochastic sampler; None draws it from seed.
+        callback: called with a `Progress` at the end of every step.
+        cond: passed to every network call as keyword arguments.
+        check: what to do about NaN and Inf, as in `run_plan`.
+        options: the sampler's own.
+
+    Returns:
+        Samples (B, ...) at the last node.
+
+    Raises:
+        ValueError, TypeError: as `make_plan` and `run_plan`, or not exactly one of x_T and shape.
+        SamplingError: NaN or Inf from the network.
+    """
+    if not isinstance(model, EpsModel):
+        raise TypeError(f"model must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")
+    entry = get_sampler(sampler)
+    entry.check_options(options)
+    nodes, options = _nodes(entry, model.schedule, steps, nfe, timesteps, sigmas, grid, final, options)
+    start = _start(model, x_T, shape, seed, indices, float(nodes.sigma[0]))
+    if entry.adaptive:
+        return integrate(model, nodes, start, nfe=nfe, callback=callback, cond=cond, **{**entry.options, **options})
+    return run_plan(
+        entry.plan(nodes, **options),
+        model,
+        start,
+        seed=seed,
+        indices=indices,
+        noise_source=noise_source,
+        callback=callback,
+        cond=cond,
+        check=check,
+    )
+
+
+def _nodes(
+    entry: Sampler,
+    schedule: Schedule,
+    steps: int | None,
+    nfe: int | None,
+    timesteps: Nodes | None,
+    sigmas: Nodes | None,
+    grid: str | Points | None,
+    final: str | None,
+    options: dict[str, Any],
+) -> tuple[Grid, dict[str, Any]]:
+    """The grid that the arguments describe, and the options with the step orders that a budget implies."""
+    counts = {"steps": steps, "nfe": nfe}
+    given = [name for name, value in {**counts, "timesteps": timesteps, "sigmas": sigmas}.items() if value is not None]
+    if len(given) != 1 and not (entry.adaptive and not given):
+        raise ValueError(f"give exactly one of steps, nfe, timesteps and sigmas, got {', '.join(given) or 'none'}")
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, extra in (("grid", grid), ("final", final)):
+        if extra is not None and (timesteps is not None or sigmas is not None):
+            raise ValueError(f"{name} goes with steps or nfe; explicit {given[0]} are the whole grid, got {name}={extra!r}")
+    if timesteps is not None:
+        return from_timesteps(schedule, timesteps), options
+    if sigmas is not None:
+        return from_sigmas(schedule, sigmas), options
+    grid = entry.grid if grid is None else grid
+    if nfe is None or entry.adaptive:
+        return make_grid(schedule, grid, int(steps or 1), final), options
+    return _budgeted(entry, schedule, int(nfe), grid, final, options)
+
+
+def _budgeted(
+    entry: Sampler, schedule: Schedule, nfe: int, grid: str | Points, final: str | None, options: dict[str, Any]
+) -> tuple[Grid, dict[str, Any]]:
+    """The longest grid whose plan takes at most `nfe` calls.
+
+    A step from alpha = 0 and a step to sigma = 0 are first order and take one call, whatever a full step takes.
+    """
+    final = points_of(grid)[1] if final is None else final
+    cheap_first, cheap_last = int(schedule.alpha(schedule.t_max) == 0), int(final != "t_min")
+    extra = int(final == "denoise")  # the call more that "denoise" takes
+    if entry.mixed_orders and options.get("orders") is None:
+        orders = [1] * cheap_first + mixed_orders(entry.order, nfe - cheap_first)
+        if cheap_last and orders[-1] != 1:
+            orders = [1] * cheap_first + mixed_orders(entry.order, nfe - cheap_first - 1) + [1]
+        if len(orders) > extra:
+            return _mixed_grid(schedule, orders, grid, final), {**options, "orders": orders}
+    steps = (nfe + (entry.calls - 1) * (cheap_first + cheap_last)) // entry.calls
+    if steps < 1 + extra:
+        raise ValueError(f"nfe must be at least {1 + extra if cheap_last else entry.calls} for {entry.name!r} here, got {nfe}")
+    return make_grid(schedule, grid, steps - extra, final), options
+
+
+def _mixed_grid(schedule: Schedule, orders: list[int], grid: str | Points, final: str) -> Grid:
+    """Nodes for steps of unequal order: equal steps in lam, or else steps as long as the calls they take.
+
+    The reference implementation of DPM-Solver (arXiv:2206.00927, appendix D) does the same.
+    """
+    extra = int(final == "denoise")
+    if grid in _UNIFORM_IN_LAM:
+        return make_grid(schedule, grid, len(orders) - extra, final)
+    fine = make_grid(schedule, grid, sum(orders) - extra, final)
+    return Grid(schedule, fine.t[np.cumsum([0, *orders])])
+
+
+def _start(
+    model: EpsModel, x_T: Tensor | None, shape: Sequence[int] | None, seed: int, indices: Tensor | None, sigma: float
+) -> Tensor:
+    if (x_T is None) == (shape is None):
+        raise ValueError(f"give exactly one of x_T and shape, got {'none' if x_T is None else 'both'}")
+    check_seed(seed)
+    if x_T is not None:
+        check_start(model, x_T)
+        return x_T
+    size = tuple(shape or ())
+    if not size or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(f"shape must be positive integers (B, ...), got {shape!r}")
+    weights = model.weights
+    dtype, device = (torch.float32, torch.device("cpu")) if weights is None else (weights.dtype, weights.device)
+    return standard_normal(seed, sample_indices(indices, size[0]), 0, size[1:], dtype, device).mul_(sigma)
