@@ -24,7 +24,7 @@ class ClassifierTraining:
         shift: random translation, up to so many pixels each way.
         rotation: random rotation, up to so many degrees each way.
         scale: random zoom by a factor in 1 - scale .. 1 + scale.
-        width, dims: of the `DigitClassifier`.
+        width, hidden: of the `DigitClassifier`.
         seed: of the start weights, the order of the images and the augmentation.
     """
 
@@ -35,11 +35,11 @@ class ClassifierTraining:
     rotation: float = 8.0
     scale: float = 0.08
     width: int = 32
-    dims: int = 64
+    hidden: int = 64
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "width", "dims"):
+        for name in ("epochs", "width", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size < 2:
@@ -73,10 +73,21 @@ def train_classifier(
     generator = torch.Generator().manual_seed(training.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        network = DigitClassifier(training.width, training.dims).to(memory_format=torch.channels_last)
+        network = DigitClassifier(training.width, training.hidden)
     x, y = torch.from_numpy(images), torch.from_numpy(labels).long()
     losses = _fit(network, x, y, training, generator, progress)
-    return round_to_half(network.eval()), losses
+    return calibrate(round_to_half(network.eval()), images), losses
+
+
+@torch.no_grad()
+def calibrate(network: DigitClassifier, images: np.ndarray, batch_size: int = 250) -> DigitClassifier:
+    """Set the mean and standard deviation of the features to those of images (N, 1, 28, 28) uint8, in half precision."""
+    batches = torch.from_numpy(images).split(batch_size)
+    pooled = torch.cat([network.pooled(dequantise(batch)) for batch in batches]).double()
+    std = pooled.std(0)
+    network.feature_mean.copy_(pooled.mean(0).half())
+    network.feature_std.copy_(torch.where(std > 1e-3, std, torch.ones_like(std)).half())  # a dead unit stays 0
+    return network
 
 
 def round_to_half(network: DigitClassifier) -> DigitClassifier:
@@ -129,7 +140,7 @@ def _fit(
 def _step(network: DigitClassifier, x: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer) -> float:
     # bf16 halves the time of a step on processors that have it; the weights stay fp32.
     with torch.autocast("cpu", torch.bfloat16):
-        logits = network(x.contiguous(memory_format=torch.channels_last))
+        logits = network(x)
     loss = F.cross_entropy(logits.float(), labels)
     optimizer.zero_grad()
     loss.backward()

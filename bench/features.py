@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,46 +30,53 @@ _CLASSES, _SIZE = 10, 28
 
 
 class DigitClassifier(nn.Module):
-    """A convolutional classifier of 28 x 28 grey digits, 265 000 parameters as shipped.
+    """A convolutional classifier of 28 x 28 grey digits, 266 000 parameters as shipped.
 
-    The features are taken before the last non-linearity and after a batch normalisation without gain: each has mean 0
-    and variance 1 over the training set, none is dead or half cut off, and their law is nearer to the Gaussian that the
-    Frechet distance assumes than that of rectified ones. Strided convolutions instead of pooling halve its time.
+    As in the standard FID, the features are the last convolution's activations averaged over the image; here each is
+    shifted and scaled to mean 0 and variance 1 over the training set. The classifier's hidden layer was tried too and is
+    too forgiving: it is trained to see the digit and not the stroke, and gives soft or speckled digits nearly the
+    distance of clean ones. Strided convolutions instead of pooling halve the time.
 
     Args:
         width: channels of the first level; the second has twice as many.
-        dims: number of features.
+        hidden: units of the layer between convolutions and logits.
     """
 
-    def __init__(self, width: int = 32, dims: int = 64) -> None:
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(self, width: int = 32, hidden: int = 64) -> None:
         super().__init__()
-        if width < 1 or dims < 1:
-            raise ValueError(f"width and dims must be at least 1, got {width} and {dims}")
-        self.arguments: dict[str, Any] = {"width": width, "dims": dims}
+        if width < 1 or hidden < 1:
+            raise ValueError(f"width and hidden must be at least 1, got {width} and {hidden}")
+        self.arguments: dict[str, Any] = {"width": width, "hidden": hidden}
         self.shape = (1, _SIZE, _SIZE)
-        self.dims = dims
+        self.dims = 2 * width
         self.convolutions = nn.Sequential(
             *_convolution(1, width),
             *_convolution(width, width, stride=2),
             *_convolution(width, 2 * width),
             *_convolution(2 * width, 2 * width, stride=2),
-            nn.Flatten(),
         )
-        self.projection = nn.Linear(2 * width * (_SIZE // 4) ** 2, dims, bias=False)
-        self.normalisation = nn.BatchNorm1d(dims, affine=False)
-        self.head = nn.Linear(dims, _CLASSES)
+        self.projection = nn.Linear(2 * width * (_SIZE // 4) ** 2, hidden, bias=False)
+        self.normalisation = nn.BatchNorm1d(hidden, affine=False)
+        self.head = nn.Linear(hidden, _CLASSES)
+        self.register_buffer("feature_mean", torch.zeros(self.dims))
+        self.register_buffer("feature_std", torch.ones(self.dims))
+        # Convolutions follow the layout of their weights; this one is nearly twice as fast on a CPU.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The last convolution's activations averaged over images (B, 1, 28, 28) in [-1, 1]: (B, dims)."""
+        return self.convolutions(x).mean((2, 3))
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B, dims) of images (B, 1, 28, 28) in [-1, 1]."""
-        return self.normalisation(self.projection(self.convolutions(x)))
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits (B, 10) of features (B, dims)."""
-        return self.head(features.relu())
+        return (self.pooled(x) - self.feature_mean) / self.feature_std
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, 10) of images (B, 1, 28, 28) in [-1, 1]."""
-        return self.classify(self.features(x))
+        return self.head(self.normalisation(self.projection(self.convolutions(x).flatten(1))).relu())
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
@@ -86,7 +93,10 @@ def quantise(images: np.ndarray | Tensor) -> Tensor:
         TypeError: another dtype.
         ValueError: a NaN or an infinity.
     """
-    images = torch.as_tensor(images)
+    if not isinstance(images, Tensor):
+        images = torch.from_numpy(
+            np.array(images, order="C")
+        )  # a copy: torch takes neither read-only nor flipped arrays
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
@@ -106,7 +116,8 @@ def content_hash(arrays: Mapping[str, np.ndarray | Tensor]) -> str:
     """First 16 hex digits of the SHA-256 of names, dtypes, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        value = np.asarray(arrays[name])
+        value = arrays[name]
+        value = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         # A fixed byte order makes the hash the same on every machine.
         little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
         digest.update(f"{name} {value.dtype.name} {value.shape}\n".encode())
@@ -153,30 +164,29 @@ class FeatureExtractor:
             TypeError: images of another dtype.
             ValueError: images of another shape, or with a NaN or an infinity, or a batch_size below 1.
         """
-        out = np.empty((len(images), self.dims))
-        for rows, batch in self._batches(images, batch_size):
-            out[rows] = self.network.features(batch).double().cpu().numpy()
-        return out
+        return self._apply(self.network.features, images, batch_size, np.empty((len(images), self.dims)))
 
     def classify(self, images: np.ndarray | Tensor, batch_size: int = 250) -> np.ndarray:
         """Most probable class (N,) int64 of images (N, 1, 28, 28); arguments and errors as in `features`."""
         out = np.empty(len(images), dtype=np.int64)
-        for rows, batch in self._batches(images, batch_size):
-            out[rows] = self.network(batch).argmax(1).cpu().numpy()
-        return out
+        return self._apply(lambda x: self.network(x).argmax(1), images, batch_size, out)
 
-    def _batches(self, images: np.ndarray | Tensor, batch_size: int) -> Iterator[tuple[slice, Tensor]]:
+    def _apply(
+        self, function: Callable[[Tensor], Tensor], images: np.ndarray | Tensor, batch_size: int, out: np.ndarray
+    ) -> np.ndarray:
+        """Fill the rows of `out` with `function` of the images, quantised, in [-1, 1], a batch at a time."""
         if tuple(images.shape[1:]) != self.shape:
             raise ValueError(f"images must be (N, {', '.join(map(str, self.shape))}), got {tuple(images.shape)}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         weight = self.network.head.weight
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, start + batch_size)
-            batch = dequantise(quantise(images[rows]).to(weight.device)).to(weight.dtype)
-            # The caller's autocast would halve the digits of the features.
-            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                yield rows, batch.contiguous(memory_format=torch.channels_last)
+        # The caller's autocast would halve the digits of the features.
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            for start in range(0, len(images), batch_size):
+                rows = slice(start, start + batch_size)
+                batch = dequantise(quantise(images[rows]).to(weight.device)).to(weight.dtype)
+                out[rows] = function(batch).cpu().numpy()
+        return out
 
 
 def load_extractor(name_or_path: str | Path = "mnist_cnn", device: str | torch.device = "cpu") -> FeatureExtractor:
@@ -198,12 +208,12 @@ def load_extractor(name_or_path: str | Path = "mnist_cnn", device: str | torch.d
         raise CheckpointError(f"{source} has hash {found}, its config says {config.get('hash')!r}: it was altered")
     # On a GPU a float32 convolution may be TF32, with 3 digits; float64 never is.
     dtype = torch.float64 if torch.device(device).type == "cuda" else torch.float32
-    network = network.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    network = network.to(device, dtype).eval().requires_grad_(False)
     return FeatureExtractor(str(config.get("name")), network, found, config.get("info", {}))
 
 
 def save_extractor(folder: str | Path, name: str, network: DigitClassifier, info: dict[str, Any]) -> None:
-    """Save `network` in half precision; round it with `round_to_half` before anything is measured with it."""
+    """Save `network` in half precision; `train_classifier` returns one that this does not change."""
     weights = {key: v.half() if v.is_floating_point() else v for key, v in network.state_dict().items()}
     config = {
         "format": FORMAT,

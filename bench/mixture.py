@@ -24,27 +24,26 @@ Scalar = float | Tensor
 
 _ROWWISE_DIMENSION = 64  # up to here products are summed row by row, so that no row depends on its batch
 _CHUNK = 2**22  # numbers in the largest temporary tensor
-_ORTHONORMAL = 1e-8
 
 
 class _Parameters(NamedTuple):
-    """A mixture in the dtype and on the device of a state."""
+    """A mixture in the dtype and on the device of a state; without a basis r = 0."""
 
     log_weights: Tensor  # (K,)
     means: Tensor  # (K, D)
     residual: Tensor  # (K,)
-    basis: Tensor | None  # (K, D, r)
-    transposed: Tensor | None  # (K, r, D), contiguous
-    spectrum: Tensor | None  # (K, r): variances of the data along the basis
+    basis: Tensor  # (K, D, r)
+    transposed: Tensor  # (K, r, D), contiguous
+    spectrum: Tensor  # (K, r): variances of the data along the basis
 
 
 class _Parts(NamedTuple):
     """Distances of B states from K means, split by the components' bases, with the variances that go with them."""
 
-    outside: Tensor | None  # (B, K, D): what is orthogonal to the basis; None where the basis spans everything
+    outside: Tensor  # (B, K, D): what is orthogonal to the basis
     floor: Tensor  # (B, K)
-    inside: Tensor | None  # (B, K, r): coordinates in the basis; None where there is no basis
-    spread: Tensor | None  # (B, K, r)
+    inside: Tensor  # (B, K, r): coordinates in the basis
+    spread: Tensor  # (B, K, r)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +56,7 @@ class GaussianMixture:
     variance in some direction (all of them with residual 0 and no basis: the empirical distribution) is accepted.
 
     Args:
-        weights: (K,), positive, of sum 1.
+        weights: (K,), positive, of sum 1 to 1e-6; kept with sum 1.
         means: (K, *shape).
         residual: (K,), the variance in every direction, >= 0.
         basis: (K, D, r) with orthonormal columns, 1 <= r <= D, or None.
@@ -80,13 +79,15 @@ class GaussianMixture:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _float64(getattr(self, name), name))
         _check_weights(self.weights)
+        self.weights.div_(self.weights.sum())  # what float32 weights lack of 1
         components = len(self.weights)
         if self.means.ndim < 2 or len(self.means) != components or self.means.numel() == 0:
             raise ValueError(f"means must be ({components}, *shape) like the weights, got {tuple(self.means.shape)}")
         _check_variances("residual", self.residual, (components,))
         if (self.basis is None) != (self.variances is None):
-            given, missing = ("variances", "basis") if self.basis is None else ("basis", "variances")
-            raise ValueError(f"basis and variances must be given together, got {given} and {missing}=None")
+            raise ValueError(
+                f"basis and variances go together, got {'variances' if self.basis is None else 'basis'} alone"
+            )
         if self.basis is not None and self.variances is not None:
             _check_basis(self.basis, components, self.dim)
             _check_variances("variances", self.variances, (components, self.basis.shape[2]))
@@ -105,8 +106,7 @@ class GaussianMixture:
         """
         means, std = _float64(means, "means"), _float64(std, "std")
         components = len(means) if means.ndim else 0
-        if std.ndim == 0:
-            std = std.expand(components)
+        std = std if std.ndim else std.expand(components)
         _check_variances("std", std, (components,))
         if weights is None:
             weights = torch.full((components,), 1.0 / max(components, 1), dtype=torch.float64)
@@ -130,14 +130,13 @@ class GaussianMixture:
         if not torch.allclose(covariances, covariances.mT, rtol=0.0, atol=1e-10 * float(covariances.abs().max())):
             raise ValueError("covariances must be symmetric, got one that differs from its transpose")
         values, basis = torch.linalg.eigh(covariances)
-        lowest, largest = float(values.min()), float(values.max())
-        if lowest < -1e-10 * largest:
-            raise ValueError(f"covariances must be positive semi-definite, got an eigenvalue {lowest:g}")
+        if values.min() < -1e-10 * values.max():
+            raise ValueError(f"covariances must be positive semi-definite, got an eigenvalue {float(values.min()):g}")
         return cls(weights, means, torch.zeros(len(covariances)), basis, values.clamp(min=0.0))
 
     @classmethod
     def random(cls, dim: int = 2, components: int = 5, seed: int = 0) -> GaussianMixture:
-        """A standard test problem: means far apart, elongated components, mean 0, and variance 1 averaged over coordinates.
+        """A standard test problem: means far apart, elongated components, mean 0, average variance of a coordinate 1.
 
         Args:
             dim: D >= 1; the shape is (dim,). Beyond 16 dimensions the components are elongated along 16 directions and
@@ -185,7 +184,7 @@ class GaussianMixture:
         """`E[eps | x_t = x]`, exact up to rounding in the dtype of x (in float32 where x is of half precision).
 
         On the CPU the result for a row has the same bits whatever batch it is in, with up to 64 dimensions, or without
-        a basis in any number of them (up to 32768 components, beyond which threads share one sum).
+        a basis in any number of them (up to 32768 components, beyond which threads may share a sum).
 
         Args:
             x: (B, *shape), of a floating dtype, on any device.
@@ -218,12 +217,7 @@ class GaussianMixture:
         Returns:
             `net(x, t) -> epsilon`, with x (B, *shape) and t (B,) in the schedule's time.
         """
-
-        def net(x: Tensor, t: Tensor) -> Tensor:
-            t = t.double()
-            return self.eps(x, schedule.alpha(t), schedule.sigma(t))
-
-        return net
+        return lambda x, t: self.eps(x, schedule.alpha(t.double()), schedule.sigma(t.double()))
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Exact samples of the data, (n, *shape) float64; sample i of a seed is the same whatever n.
@@ -240,9 +234,10 @@ class GaussianMixture:
         x = self.means.flatten(1)[chosen]
         if self.residual.any():
             x += self.residual.sqrt()[chosen, None] * torch.from_numpy(wide.standard_normal((n, self.dim)))
-        if self.basis is not None and self.variances is not None:
-            along = self.variances.sqrt()[chosen] * torch.from_numpy(narrow.standard_normal((n, self.rank)))
-            for k, basis in enumerate(self.basis):
+        if self.rank:
+            bases, variances = self._low_rank()
+            along = variances.sqrt()[chosen] * torch.from_numpy(narrow.standard_normal((n, self.rank)))
+            for k, basis in enumerate(bases):
                 x[chosen == k] += along[chosen == k] @ basis.T
         return x.view(n, *self.shape)
 
@@ -253,10 +248,9 @@ class GaussianMixture:
     def covariance(self) -> Tensor:
         """The exact covariance of the data, (D, D) float64."""
         centred = self.means.flatten(1) - self.mean()
-        columns = [centred.T * self.weights.sqrt()]
-        if self.basis is not None and self.variances is not None:
-            columns += [q * (w * v).sqrt() for q, w, v in zip(self.basis, self.weights, self.variances, strict=True)]
-        root = torch.cat(columns, dim=1)
+        bases, variances = self._low_rank()
+        along = bases * (self.weights[:, None] * variances).sqrt()[:, None, :]
+        root = torch.cat([centred.T * self.weights.sqrt(), along.transpose(0, 1).flatten(1)], dim=1)
         return root @ root.T + (self.weights @ self.residual) * torch.eye(self.dim, dtype=torch.float64)
 
     def _by_rows(self, function: Callable[..., Tensor], x: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
@@ -271,11 +265,8 @@ class GaussianMixture:
         numbers = self.means.numel() * (max(self.rank, 1) if self.dim <= _ROWWISE_DIMENSION else 1)
         size = max(1, _CHUNK // numbers)
         parameters = self._cast(dtype, x.device)
-        chunks = [
-            function(parameters, rows[i : i + size], *(level[i : i + size] for level in levels))
-            for i in range(0, max(len(x), 1), size)
-        ]
-        return (chunks[0] if len(chunks) == 1 else torch.cat(chunks)).to(x.dtype)
+        parts = zip(*(value.split(size) for value in (rows, *levels)), strict=True)
+        return torch.cat([function(parameters, *part) for part in parts]).to(x.dtype)
 
     def _check_levels(self, alpha: Scalar, sigma: Scalar) -> None:
         for name, value in (("alpha", alpha), ("sigma", sigma)):
@@ -283,91 +274,68 @@ class GaussianMixture:
                 raise ValueError(f"{name} must be finite and at least 0, got {value}")
         if isinstance(sigma, Tensor) or sigma > 0:
             return
-        if self._flat or (not isinstance(alpha, Tensor) and alpha == 0):
-            raise ValueError(
-                f"sigma must be positive where a component has no variance in some direction or alpha = 0, got {sigma}"
-            )
+        if self._flat() or (not isinstance(alpha, Tensor) and alpha == 0):
+            raise ValueError(f"sigma must be positive where alpha = 0 or a component has no width, got {sigma}")
 
-    @property
+    def _low_rank(self) -> tuple[Tensor, Tensor]:
+        """Basis and variances, of rank 0 where there are none."""
+        if self.basis is None or self.variances is None:
+            return self.means.new_zeros(len(self.weights), self.dim, 0), self.means.new_zeros(len(self.weights), 0)
+        return self.basis, self.variances
+
     def _flat(self) -> bool:
         """Whether some component has no variance in some direction."""
-        floor = self.residual
-        if self.variances is not None:
-            lowest = floor + self.variances.amin(1)
-            floor = lowest if self.rank == self.dim else torch.minimum(floor, lowest)
-        return bool((floor == 0).any())
+        spectrum = self.residual[:, None] + self._low_rank()[1]
+        return bool((spectrum == 0).any() or (self.rank < self.dim and (self.residual == 0).any()))
 
     def _cast(self, dtype: torch.dtype, device: torch.device) -> _Parameters:
         if (dtype, device) not in self._casts:
-            basis, spectrum, transposed = self.basis, None, None
-            if basis is not None and self.variances is not None:
-                spectrum, transposed = self.residual[:, None] + self.variances, basis.mT.contiguous()
-            wide = (self.weights.log(), self.means.flatten(1), self.residual, basis, transposed, spectrum)
-            cast = (None if value is None else value.to(dtype=dtype, device=device) for value in wide)
-            self._casts[dtype, device] = _Parameters(*cast)  # type: ignore[arg-type]
+            with torch.inference_mode(False):  # a tensor that is made in inference mode can never meet a gradient
+                basis, variances = self._low_rank()
+                spectrum = self.residual[:, None] + variances
+                # nothing is outside a square basis, and a positive width there keeps 0 / 0 away
+                residual = torch.ones_like(self.residual) if self.rank == self.dim else self.residual
+                wide = (self.weights.log(), self.means.flatten(1), residual, basis, basis.mT.contiguous(), spectrum)
+                self._casts[dtype, device] = _Parameters(*(v.to(dtype=dtype, device=device) for v in wide))
         return self._casts[dtype, device]
 
 
 def _eps(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     parts = _split(q, x, alpha, sigma)
-    spread = None if parts.spread is None else sigma[:, :, None] / parts.spread
-    return _mix(_responsibilities(q, parts), _scaled(q, parts, sigma / parts.floor, spread))
+    solved = _join(q, parts, sigma / parts.floor, sigma[:, :, None] / parts.spread)
+    return _mix(torch.softmax(_joint(q, parts), 1), solved)
 
 
 def _x0(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     parts = _split(q, x, alpha, sigma)
-    spread = None
-    if q.spectrum is not None and parts.spread is not None:
-        spread = alpha[:, :, None] * q.spectrum / parts.spread
-    moved = _scaled(q, parts, alpha * q.residual / parts.floor, spread)
-    return _mix(_responsibilities(q, parts), q.means + moved)
+    moved = _join(q, parts, alpha * q.residual / parts.floor, alpha[:, :, None] * q.spectrum / parts.spread)
+    return _mix(torch.softmax(_joint(q, parts), 1), q.means + moved)
 
 
 def _log_prob(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    joint = _joint(q, _split(q, x, alpha, sigma))
-    largest = joint.amax(1)
-    return largest + (joint - largest[:, None]).exp().sum(1).log()
+    return torch.logsumexp(_joint(q, _split(q, x, alpha, sigma)), 1)
 
 
 def _split(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> _Parts:
     away = x[:, None, :] - alpha[:, :, None] * q.means
-    floor = alpha**2 * q.residual + sigma**2
-    if q.basis is None or q.transposed is None or q.spectrum is None:
-        return _Parts(away, floor, None, None)
     inside = _multiply(away, q.transposed)
-    spread = alpha[:, :, None] ** 2 * q.spectrum + sigma[:, :, None] ** 2
-    # a square basis leaves only rounding outside, which a division by a small floor would blow up
-    outside = None if inside.shape[2] == x.shape[1] else away - _multiply(inside, q.basis)
-    return _Parts(outside, floor, inside, spread)
+    # a square basis leaves only rounding outside, which would show beside a wide component's small answer
+    outside = torch.zeros_like(away) if inside.shape == away.shape else away - _multiply(inside, q.basis)
+    floor = alpha**2 * q.residual + sigma**2
+    return _Parts(outside, floor, inside, alpha[:, :, None] ** 2 * q.spectrum + sigma[:, :, None] ** 2)
 
 
 def _joint(q: _Parameters, parts: _Parts) -> Tensor:
     """`log w_k + log N(x; alpha mu_k, alpha^2 C_k + sigma^2 I)`, (B, K)."""
-    dim = q.means.shape[1]
-    rank = 0 if q.basis is None else q.basis.shape[2]
-    energy = dim * math.log(2 * math.pi) - 2 * q.log_weights
-    if parts.outside is not None:
-        energy = energy + (parts.outside**2).sum(2) / parts.floor + (dim - rank) * parts.floor.log()
-    if parts.inside is not None and parts.spread is not None:
-        energy = energy + (parts.inside**2 / parts.spread + parts.spread.log()).sum(2)
-    return -0.5 * energy
+    dim, rank = q.basis.shape[1:]
+    outside = (parts.outside**2).sum(2) / parts.floor + (dim - rank) * parts.floor.log()
+    inside = (parts.inside**2 / parts.spread + parts.spread.log()).sum(2)
+    return q.log_weights - 0.5 * (dim * math.log(2 * math.pi) + outside + inside)
 
 
-def _responsibilities(q: _Parameters, parts: _Parts) -> Tensor:
-    """The probability of each component given the state, (B, K)."""
-    joint = _joint(q, parts)
-    likelihood = (joint - joint.amax(1, keepdim=True)).exp()
-    return likelihood / likelihood.sum(1, keepdim=True)
-
-
-def _scaled(q: _Parameters, parts: _Parts, outside: Tensor, inside: Tensor | None) -> Tensor:
+def _join(q: _Parameters, parts: _Parts, outside: Tensor, inside: Tensor) -> Tensor:
     """The distances put together again with a factor for each part: (B, K, D)."""
-    terms = []
-    if parts.outside is not None:
-        terms.append(parts.outside * outside[:, :, None])
-    if parts.inside is not None and inside is not None and q.basis is not None:
-        terms.append(_multiply(parts.inside * inside, q.basis))
-    return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    return parts.outside * outside[:, :, None] + _multiply(parts.inside * inside, q.basis)
 
 
 def _multiply(vectors: Tensor, matrices: Tensor) -> Tensor:
@@ -394,7 +362,8 @@ def _level(value: Scalar, rows: Tensor, name: str) -> Tensor:
 
 def _float64(value: Any, name: str) -> Tensor:
     """A private copy in main memory: what the caller does to its array later must not reach a frozen mixture."""
-    tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().clone()
+    with torch.inference_mode(False):
+        tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().clone()
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name} must be finite, got NaN or Inf")
     return tensor
@@ -403,10 +372,9 @@ def _float64(value: Any, name: str) -> Tensor:
 def _check_weights(weights: Tensor) -> None:
     if weights.ndim != 1 or len(weights) == 0:
         raise ValueError(f"weights must be (K,) with K >= 1, got {tuple(weights.shape)}")
-    if not (weights > 0).all():
-        raise ValueError(f"weights must be positive, got {float(weights.min()):g}")
-    if abs(float(weights.sum()) - 1.0) > 1e-8:
-        raise ValueError(f"weights must add up to 1, got {float(weights.sum()):.12g}")
+    if weights.min() <= 0 or abs(float(weights.sum()) - 1.0) > 1e-6:
+        lowest, total = float(weights.min()), float(weights.sum())
+        raise ValueError(f"weights must be positive and add up to 1, got a lowest {lowest:g} and a sum {total:.9g}")
 
 
 def _check_variances(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
@@ -420,7 +388,7 @@ def _check_basis(basis: Tensor, components: int, dim: int) -> None:
     if basis.ndim != 3 or basis.shape[:2] != (components, dim) or not 1 <= basis.shape[2] <= dim:
         raise ValueError(f"basis must be ({components}, {dim}, 1 to {dim} columns), got {tuple(basis.shape)}")
     error = (basis.mT @ basis - torch.eye(basis.shape[2], dtype=torch.float64)).abs().max()
-    if error > _ORTHONORMAL:
+    if error > 1e-8:
         raise ValueError(f"basis must have orthonormal columns, got Q^T Q that differs from I by {float(error):g}")
 
 

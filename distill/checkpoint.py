@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from distill.network import PatchUNet
 from samplers import schedule as schedules
+from samplers.errors import unknown
+from samplers.model import PREDICTIONS
 
 FORMAT = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
@@ -27,46 +30,77 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
 
 
+# folders that are complete or absent ---------------------------------------------------------------------------------
+
+
 def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
-    """Write `name.safetensors` and `name.json` files so that `folder` is, at every moment, the old one or the new one."""
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    """Write a folder so that a kill or a power cut at any moment leaves the old one or the new one, never a mixture.
+
+    Between two renames neither bears the name `folder`; `recover_folder` and `load_checkpoint` then find the old one.
+
+    Args:
+        folder: replaced as a whole if it exists.
+        tensors: {name: {key: tensor}}, each written as `name.safetensors`.
+        documents: {name: JSON-ready object}, each written as `name.json`.
+
+    Raises:
+        ValueError: a document holds NaN or Inf; `folder` is untouched.
+    """
+    new, old = folder.with_name(folder.name + ".new"), _previous(folder)
+    recover_folder(folder)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     for name, content in tensors.items():
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in content.items()}, new / f"{name}.safetensors"
-        )
+        on_cpu = {key: value.detach().cpu().contiguous() for key, value in content.items()}
+        save_file(on_cpu, new / f"{name}.safetensors")
     for name, document in documents.items():
         (new / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    for file in new.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    for path in (*new.iterdir(), new):
+        _sync(path)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def recover_folder(folder: Path) -> Path:
-    """Finish a `write_folder` that a kill interrupted between its two renames."""
-    old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)
+    """Finish a `write_folder` that was killed between its renames: the old folder gets its name back.
+
+    For the process that writes `folder`; a reader that renamed could get between the renames of a live writer.
+    """
+    if not folder.exists() and _previous(folder).exists():
+        _previous(folder).rename(folder)
     return folder
 
 
+def _previous(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a folder, onto the disk."""
+    if os.name != "posix":  # other systems do not open a folder, nor sync what is open for reading
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# files ---------------------------------------------------------------------------------------------------------------
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, on the CPU.
 
     Raises:
         CheckpointError: the file is absent, truncated, a pickle, or not safetensors.
     """
-    if file.suffix in _PICKLES:
-        raise CheckpointError(
-            f"checkpoint {file} is a pickle, which can run code when it is read; give a folder with {_WEIGHTS}"
-        )
-    if not file.exists():
+    _refuse_pickle(file)
+    if not file.is_file():
         raise CheckpointError(f"checkpoint file {file} does not exist")
     try:
         return load_file(file)
@@ -80,12 +114,22 @@ def read_json(file: Path) -> Any:
     Raises:
         CheckpointError: the file is absent or not JSON.
     """
-    if not file.exists():
+    if not file.is_file():
         raise CheckpointError(f"checkpoint file {file} does not exist")
     try:
         return json.loads(file.read_text())
     except ValueError as error:
         raise CheckpointError(f"checkpoint file {file} is not JSON: {error}") from error
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix.lower() in _PICKLES:
+        raise CheckpointError(
+            f"checkpoint {path} is a pickle, which can run code when it is read; give a folder with {_WEIGHTS}"
+        )
+
+
+# checkpoints ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -96,7 +140,7 @@ class Checkpoint:
         network: in evaluation mode, fp32.
         schedule: the noise schedule it was trained on.
         predicts: what it outputs, as in `EpsModel`.
-        info: free description: training images, data, loss.
+        info: free JSON-ready description: training images, settings, loss.
     """
 
     network: PatchUNet
@@ -106,7 +150,18 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-    """Save as `folder/model.safetensors` (weights in `dtype`) and `folder/config.json`."""
+    """Save as `folder/model.safetensors` and `folder/config.json`, atomically.
+
+    Args:
+        folder: made with its parents, or replaced.
+        checkpoint: what to save.
+        dtype: of the saved weights; torch.float16 halves the file, and `load_checkpoint` returns fp32 again.
+
+    Raises:
+        ValueError: `dtype` is not a floating type, or the weights hold NaN, Inf or values too large for it.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating type such as torch.float16, got {dtype}")
     config = {
         "format": FORMAT,
         "network": {"class": type(checkpoint.network).__name__, **checkpoint.network.arguments},
@@ -114,24 +169,22 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, dtype: torch.dty
         "predicts": checkpoint.predicts,
         "info": checkpoint.info,
     }
-    weights = {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in checkpoint.network.state_dict().items()
-    }
+    state = checkpoint.network.state_dict()
+    weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"weight {name!r} is NaN, Inf, or too large for {dtype}; nothing was saved")
     write_folder(Path(folder), {"model": weights}, {"config": config})
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Load a folder that `save_checkpoint` wrote.
+    """Load a folder that `save_checkpoint` wrote; the network is on the CPU, in fp32 and evaluation mode.
 
     Raises:
-        CheckpointError: a missing, truncated or pickled file, an unknown format, or weights of another architecture.
+        CheckpointError: a missing, truncated or pickled file, an unknown format, a network, schedule or prediction that
+            does not exist, or weights of another architecture.
     """
-    folder = Path(folder)
-    if folder.suffix in _PICKLES:
-        raise CheckpointError(
-            f"checkpoint {folder} is a pickle, which can run code when it is read; give a folder with {_WEIGHTS}"
-        )
+    folder = _readable(Path(folder))
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__
@@ -140,40 +193,73 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         network = build_network(config["network"])
         schedule = schedules.from_config(config["schedule"])
         predicts, info = config["predicts"], config.get("info", {})
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / _CONFIG}: {type(error).__name__}: {error}") from error
-    load_weights(
-        network,
-        {k: v.float() if v.is_floating_point() else v for k, v in read_tensors(folder / _WEIGHTS).items()},
-        folder / _WEIGHTS,
-    )
+        if predicts not in PREDICTIONS:
+            raise unknown("predicts", predicts, PREDICTIONS)
+    except KeyError as error:
+        raise CheckpointError(f"{folder / _CONFIG}: the key {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / _CONFIG}: {error}") from error
+    load_weights(network, read_tensors(folder / _WEIGHTS), folder / _WEIGHTS)
     return Checkpoint(network.eval(), schedule, predicts, info)
 
 
-def build_network(config: dict[str, Any]) -> PatchUNet:
-    """The network that `{"class": name, **arguments}` describes, with fresh weights."""
-    arguments = dict(config)
-    name = arguments.pop("class", None)
+def _readable(folder: Path) -> Path:
+    """The folder to read, or the one that a killed `write_folder` left in its place."""
+    _refuse_pickle(folder)
+    if folder.is_file():
+        raise CheckpointError(f"checkpoint {folder} is a file; give the folder that holds {_WEIGHTS} and {_CONFIG}")
+    if not folder.exists() and _previous(folder).exists():
+        return _previous(folder)
+    if folder.is_dir() and not (folder / _WEIGHTS).exists():
+        for file in sorted(folder.iterdir()):
+            _refuse_pickle(file)
+    return folder
+
+
+def check_network(config: dict[str, Any]) -> None:
+    """Check the names in `{"class": name, **arguments}`, without building the network.
+
+    Raises:
+        ValueError: not a dictionary, or a class or an argument that does not exist; the message offers the closest names.
+    """
+    if not isinstance(config, dict):
+        raise ValueError(f"network must be a dictionary with a class and its arguments, got {config!r}")
+    name = config.get("class")
     if name not in NETWORKS:
-        raise CheckpointError(f"network class must be one of {sorted(NETWORKS)}, got {name!r}")
-    return NETWORKS[name](**arguments)
+        raise unknown("network class", name, NETWORKS)
+    accepted = inspect.signature(NETWORKS[name]).parameters
+    for argument in config:
+        if argument != "class" and argument not in accepted:
+            raise unknown(f"argument of network {name}", argument, accepted)
+
+
+def build_network(config: dict[str, Any]) -> PatchUNet:
+    """The network that `{"class": name, **arguments}` describes, with fresh weights from torch's global generator.
+
+    Raises:
+        ValueError: a class or an argument that does not exist, or arguments that do not fit each other.
+    """
+    check_network(config)
+    return NETWORKS[config["class"]](**{name: value for name, value in config.items() if name != "class"})
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Load weights that must fit exactly.
+    """Copy weights, of any floating type, into a network that they must fit exactly.
 
     Raises:
-        CheckpointError: names or shapes differ from the network's.
+        CheckpointError: names or shapes differ from the network's; the network is untouched.
     """
     expected = network.state_dict()
+    wrong = f"{source} is of another architecture"
     for name, value in expected.items():
         if name not in weights:
-            raise CheckpointError(f"{source} is of another architecture: it has no tensor {name!r}")
+            raise CheckpointError(f"{wrong}: it has no tensor {name!r}")
         if weights[name].shape != value.shape:
-            raise CheckpointError(
-                f"{source} is of another architecture: {name!r} is {tuple(weights[name].shape)}, the network's {tuple(value.shape)}"
-            )
+            found, needed = tuple(weights[name].shape), tuple(value.shape)
+            raise CheckpointError(f"{wrong}: {name!r} is {found}, the network's {needed}")
+        if weights[name].is_floating_point() != value.is_floating_point():
+            raise CheckpointError(f"{wrong}: {name!r} is {weights[name].dtype}, the network's {value.dtype}")
     unexpected = sorted(set(weights) - set(expected))
     if unexpected:
-        raise CheckpointError(f"{source} is of another architecture: the network has no tensor {unexpected[0]!r}")
+        raise CheckpointError(f"{wrong}: the network has no tensor {unexpected[0]!r}")
     network.load_state_dict(weights)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_NORM_GROUPS = 8
+_HEAD_WIDTH = 32
 
 
 class PatchUNet(nn.Module):
@@ -16,12 +20,21 @@ class PatchUNet(nn.Module):
     first level of a U-Net is bound by memory and not by arithmetic.
 
     Args:
-        channels, size: of the image, (channels, size, size).
-        patch: side of a block; `size` is a multiple of it.
-        widths: channels of each level of the U-Net.
+        channels: of the image.
+        size: height and width of the image in pixels.
+        patch: side of a block in pixels; `size` is a multiple of `patch * 2 ** (len(widths) - 1)`.
+        widths: channels of each level of the U-Net, each a multiple of 8; the last one, where attention is, either at
+            most 32 or a multiple of 32.
         layers: residual blocks a level.
-        classes: number of labels; one more, the null class, stands for "no label".
+        classes: number of labels; one more, the null class with the number `classes`, stands for "no label".
         time_scale: factor on t before the sinusoidal embedding, which is made for 0 .. 1000.
+
+    Attributes:
+        arguments: what the network was built with, JSON-ready.
+        shape: (channels, size, size), of one image.
+
+    Raises:
+        ValueError: arguments that do not fit each other.
     """
 
     def __init__(
@@ -29,7 +42,7 @@ class PatchUNet(nn.Module):
         channels: int = 1,
         size: int = 28,
         patch: int = 2,
-        widths: tuple[int, ...] = (64, 64),
+        widths: Sequence[int] = (64, 64),
         layers: int = 1,
         classes: int = 10,
         time_scale: float = 1000.0,
@@ -37,8 +50,6 @@ class PatchUNet(nn.Module):
         super().__init__()
         from diffusers import UNet2DModel
 
-        if size % patch:
-            raise ValueError(f"size must be a multiple of patch, got size={size}, patch={patch}")
         self.arguments: dict[str, Any] = {
             "channels": channels,
             "size": size,
@@ -48,6 +59,7 @@ class PatchUNet(nn.Module):
             "classes": classes,
             "time_scale": time_scale,
         }
+        _check_arguments(**self.arguments)
         self.patch, self.classes, self.time_scale = patch, classes, time_scale
         self.shape = (channels, size, size)
         self.unet = UNet2DModel(
@@ -58,14 +70,44 @@ class PatchUNet(nn.Module):
             block_out_channels=tuple(widths),
             down_block_types=("DownBlock2D",) * len(widths),
             up_block_types=("UpBlock2D",) * len(widths),
-            norm_num_groups=8,
-            attention_head_dim=32,
+            norm_num_groups=_NORM_GROUPS,
+            attention_head_dim=min(_HEAD_WIDTH, widths[-1]),
             num_class_embeds=classes + 1,
         )
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Prediction at states x (B, C, H, W) and times t (B,); labels (B,) in 0 .. classes, None for the null class."""
+        """The prediction, of the shape of x.
+
+        Args:
+            x: states (B, channels, size, size), float32 or what autocast makes of it.
+            t: times (B,), in the schedule's own unit.
+            class_labels: (B,) integers in 0 .. classes, or None for the null class.
+        """
         if class_labels is None:
             class_labels = torch.full((len(x),), self.classes, device=x.device)
         blocks = F.pixel_unshuffle(x, self.patch)
         return F.pixel_shuffle(self.unet(blocks, t * self.time_scale, class_labels).sample, self.patch)
+
+
+def _check_arguments(size: int, patch: int, widths: list[int], classes: int, **others: float) -> None:
+    if not widths:
+        raise ValueError("widths must name at least one level")
+    for name, value in {
+        "size": size,
+        "patch": patch,
+        "widths": min(widths),
+        "classes + 1": classes + 1,
+        **others,
+    }.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    multiple = patch * 2 ** (len(widths) - 1)
+    if size % multiple:
+        raise ValueError(
+            f"size must be a multiple of patch * 2 ** (levels - 1) = {multiple}, got size={size}, patch={patch} and "
+            f"{len(widths)} levels"
+        )
+    if any(width % _NORM_GROUPS for width in widths) or widths[-1] % min(_HEAD_WIDTH, widths[-1]):
+        raise ValueError(
+            f"widths must be multiples of {_NORM_GROUPS}, the last at most {_HEAD_WIDTH} or a multiple of it, got {widths}"
+        )

@@ -3,28 +3,32 @@
 Ho et al. 2020, arXiv:2006.11239, equation 14 (`L_simple`) with continuous time; the v-prediction of Salimans & Ho 2022,
 arXiv:2202.00512, section 4, as an option; labels dropped to a null class as in Ho & Salimans 2022, arXiv:2207.12598.
 
-Every random choice of step k is a function of (seed, k) alone, so a run that was killed and resumed is the uninterrupted run.
+The random choices of a step are a function of (seed, step) alone: a run that was killed and resumed is the uninterrupted
+one, bit for bit on the same machine.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from distill.checkpoint import (
     Checkpoint,
     CheckpointError,
     build_network,
+    check_network,
     load_weights,
     read_json,
     read_tensors,
@@ -32,29 +36,39 @@ from distill.checkpoint import (
     save_checkpoint,
     write_folder,
 )
-from samplers import schedule as schedules
+from samplers.errors import unknown
+from samplers.schedule import Schedule, from_config
 
+MNIST_CONFIG = Path(__file__).parent / "configs" / "mnist.yaml"
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_MAY_CHANGE = {"images", "cooldown", "save_every"}  # between two sessions of one run
 
 
 class TrainingError(RuntimeError):
-    """The loss is no longer finite; the last checkpoint is intact."""
+    """The loss or the weights are no longer finite; the last checkpoint is intact."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """What a training run is. `images` may grow between two sessions of the same run; nothing else may change.
+    """What a training run is. Between two sessions of one run `images`, `cooldown` and `save_every` may change.
 
     Attributes:
         network: `{"class": name, **arguments}`.
         schedule: as `Schedule.config()` gives it.
         predicts: "eps" or "v".
-        images: training images to see in all.
-        learning_rate: of AdamW, after `warmup` images of linear rise and until the last `cooldown` images, over which it falls to zero linearly.
-        ema_half_life: in images, of the averaged weights that are judged and shipped.
-        drop_label: probability with which a label is replaced by the null class.
+        images: training images to see in all, rounded up to whole batches.
+        batch_size: images a step.
+        learning_rate, weight_decay: of AdamW; the learning rate is that of the plateau.
+        warmup, cooldown: first images, over which the learning rate rises linearly, and last, over which it falls.
+        grad_clip: largest norm of the gradient.
+        ema_half_life: in images, of the averaged weights, which are judged and shipped.
+        drop_label: probability with which a label is replaced by the null class, in [0, 1].
         dtype: "bf16" (autocast) or "fp32".
-        log_every, save_every: in steps; save_every is a multiple of log_every.
+        seed: in [0, 2^31), of the first weights and of every batch.
+        log_every, save_every: steps between two rows of the log, and between two checkpoints, a multiple of the first.
+
+    Raises:
+        ValueError: a value out of range, or a network or schedule that does not exist.
     """
 
     network: dict[str, Any] = field(default_factory=lambda: {"class": "PatchUNet"})
@@ -75,70 +89,132 @@ class TeacherConfig:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        if self.predicts not in ("eps", "v"):
-            raise ValueError(f"predicts must be 'eps' or 'v', got {self.predicts!r}")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {self.dtype!r}")
-        for name in ("images", "batch_size", "log_every", "save_every", "ema_half_life"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_network(self.network)
+        from_config(self.schedule)
+        for name, accepted in (("predicts", ("eps", "v")), ("dtype", tuple(_DTYPES))):
+            if getattr(self, name) not in accepted:
+                raise unknown(name, getattr(self, name), accepted)
+        least = dict.fromkeys(("images", "batch_size", "ema_half_life", "log_every", "save_every"), 1)
+        least |= dict.fromkeys(("warmup", "cooldown", "weight_decay", "drop_label", "seed"), 0)
+        for name, bound in least.items():
+            if not bound <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least {bound} and finite, got {getattr(self, name)}")
+        for name in ("learning_rate", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name, largest in (("drop_label", 1), ("seed", 2**31 - 1)):
+            if getattr(self, name) > largest:
+                raise ValueError(f"{name} must be at most {largest}, got {getattr(self, name)}")
         if self.save_every % self.log_every:
             raise ValueError(f"save_every must be a multiple of log_every={self.log_every}, got {self.save_every}")
-        if not 0 <= self.drop_label <= 1:
-            raise ValueError(f"drop_label must lie in [0, 1], got {self.drop_label}")
 
     @property
     def steps(self) -> int:
+        """Optimiser steps in all."""
         return math.ceil(self.images / self.batch_size)
+
+
+def load_config(path: str | Path, **overrides: Any) -> TeacherConfig:
+    """Read a training run from YAML; what the file leaves out has TeacherConfig's default.
+
+    Args:
+        path: a mapping of TeacherConfig's names, such as `MNIST_CONFIG`.
+        **overrides: values that replace those of the file.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: not YAML, an unknown name, a value of the wrong type or out of range; the message names the file.
+    """
+    path = Path(path)
+    try:
+        given = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must map the names of TeacherConfig to values, got a {type(given).__name__}")
+    _check_settings(given, str(path))
+    _check_settings(overrides, f"the overrides of {path}")
+    try:
+        return TeacherConfig(**{**given, **overrides})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_settings(settings: dict[Any, Any], source: str) -> None:
+    kinds = get_type_hints(TeacherConfig)
+    for name, value in settings.items():
+        if name not in kinds:
+            raise unknown(f"setting in {source}:", name, kinds)
+        kind = getattr(kinds[name], "__origin__", kinds[name])
+        if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool):
+            hint = " (YAML takes 1e-3 for a text; write 1.0e-3)" if kind is float and isinstance(value, str) else ""
+            raise ValueError(f"{source}: {name} must be of type {kind.__name__}, got {value!r}{hint}")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training example a row: clean images (B, C, H, W) in [-1, 1], labels (B,), times (B,), noise like the images."""
+    """One training example a row.
+
+    Attributes:
+        x0: clean images (B, C, H, W), float32 in [-1, 1].
+        labels: (B,) int64; the number of classes stands for "no label".
+        t: times (B,), float32 in the schedule's own unit.
+        eps: standard-normal noise, of the shape of `x0`.
+    """
 
     x0: Tensor
     labels: Tensor
     t: Tensor
     eps: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(*(part.to(device, non_blocking=True) for part in (self.x0, self.labels, self.t, self.eps)))
+
 
 def draw_batch(
-    images: Tensor,
-    labels: Tensor | None,
-    null_class: int,
-    schedule: schedules.Schedule,
-    config: TeacherConfig,
-    step: int,
+    images: Tensor, labels: Tensor | None, null_class: int, schedule: Schedule, config: TeacherConfig, step: int
 ) -> Batch:
     """The batch of a step, a function of (seed, step) alone; each epoch is one permutation of the data.
 
     Args:
-        images: (N, C, H, W) uint8.
-        labels: (N,) integers below `null_class`, or None.
+        images: (N, C, H, W) uint8, on the CPU.
+        labels: (N,) integers below `null_class`, or None, which gives the null class to every row.
+        null_class: the label that stands for "no label".
+        schedule: gives the range of times, over which they are uniform.
+        config: of it `seed`, `batch_size` and `drop_label`.
+        step: from 0.
     """
-    first = step * config.batch_size
-    positions = np.arange(first, first + config.batch_size)
-    index = np.empty(config.batch_size, dtype=np.int64)
-    for epoch in np.unique(positions // len(images)):
-        order = np.random.Generator(np.random.Philox(key=[config.seed, epoch])).permutation(len(images))
-        here = positions // len(images) == epoch
-        index[here] = order[positions[here] % len(images)]
-    generator = torch.Generator().manual_seed((config.seed << 32) + step)
+    size = config.batch_size
+    epochs, places = np.divmod(np.arange(step * size, (step + 1) * size), len(images))
+    orders = {int(epoch): _epoch_order(config.seed, int(epoch), len(images)) for epoch in np.unique(epochs)}
+    index = np.concatenate([order[places[epochs == epoch]] for epoch, order in orders.items()])
+    # torch's CPU generator takes 32 bits: multiples of the golden ratio keep the steps of different seeds apart
+    generator = torch.Generator().manual_seed((config.seed * 0x9E3779B1 + step) % 2**32)
     x0 = images[torch.from_numpy(index)].float() / 127.5 - 1.0
     # one stratum of time for each image: t is uniform, and the loss less noisy
-    strata = (
-        torch.randperm(config.batch_size, generator=generator) + torch.rand(config.batch_size, generator=generator)
-    ) / config.batch_size
+    strata = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
     t = schedule.t_min + (schedule.t_max - schedule.t_min) * strata
-    kept = torch.full((config.batch_size,), null_class) if labels is None else labels[torch.from_numpy(index)].long()
-    dropped = torch.rand(config.batch_size, generator=generator) < config.drop_label
+    kept = torch.full((size,), null_class) if labels is None else labels[torch.from_numpy(index)].long()
+    dropped = torch.rand(size, generator=generator) < config.drop_label
     return Batch(x0, kept.masked_fill(dropped, null_class), t, torch.randn(x0.shape, generator=generator))
 
 
-def diffusion_loss(
-    network: nn.Module, batch: Batch, schedule: schedules.Schedule, predicts: str, dtype: torch.dtype
-) -> Tensor:
-    """Mean squared error on epsilon, or on v = alpha eps - sigma x0, at x_t = alpha x0 + sigma eps."""
+@functools.lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def diffusion_loss(network: nn.Module, batch: Batch, schedule: Schedule, predicts: str, dtype: torch.dtype) -> Tensor:
+    """Mean squared error on epsilon, or on v = alpha eps - sigma x0, at x_t = alpha x0 + sigma eps: a float32 scalar.
+
+    Args:
+        network: called as `network(x_t, t, labels)`.
+        batch: on the network's device.
+        schedule: gives alpha and sigma at the times of the batch.
+        predicts: "eps" or "v".
+        dtype: of autocast; torch.float32 for none.
+    """
     alpha, sigma = (f(batch.t).view(-1, 1, 1, 1) for f in (schedule.alpha, schedule.sigma))
     x_t = alpha * batch.x0 + sigma * batch.eps
     target = batch.eps if predicts == "eps" else alpha * batch.eps - sigma * batch.x0
@@ -148,82 +224,100 @@ def diffusion_loss(
 
 
 def learning_rate(config: TeacherConfig, step: int) -> float:
-    """Linear rise, plateau, linear fall to zero at the last step."""
+    """The learning rate of a step, from 0: linear rise, plateau, linear fall that would reach zero after the last step."""
     seen = step * config.batch_size
     rise = min(1.0, (seen + config.batch_size) / max(config.warmup, 1))
     fall = min(1.0, (config.steps - step) * config.batch_size / max(config.cooldown, 1))
     return config.learning_rate * rise * fall
 
 
+def ema_decay(config: TeacherConfig, step: int) -> float:
+    """The weight of the old average after `step` steps, at least 1.
+
+    The half-life is a twentieth of the images seen until that exceeds `ema_half_life`, so the first weights, which are
+    noise, are forgotten at once (the ramp of Karras et al. 2022, arXiv:2206.00364, in their published code).
+    """
+    return 0.5 ** (config.batch_size / min(config.ema_half_life, 0.05 * step * config.batch_size))
+
+
 class Trainer:
-    """The state of a training run: network, averaged weights, optimiser, step and log. `run` trains; `folder` holds all of it."""
+    """A training run. `run` trains it; `folder` holds all of it and resumes it.
+
+    Args:
+        config: what the run is.
+        folder: `state/` (what resuming needs), `model/` (a checkpoint of the averaged weights) and `log.jsonl`.
+        device: of the network.
+
+    Attributes:
+        network, ema: as it is trained, and its averaged weights.
+        step: steps done.
+        log: rows of step, images, mean loss since the last row, learning_rate, images_per_second of this session.
+
+    Raises:
+        CheckpointError: `folder` holds another run, or a damaged one.
+        ValueError: a network whose arguments do not fit each other.
+    """
 
     def __init__(self, config: TeacherConfig, folder: str | Path, device: str = "cpu") -> None:
         self.config, self.folder, self.device = config, Path(folder), torch.device(device)
-        torch.manual_seed(config.seed)
-        self.schedule = schedules.from_config(config.schedule)
-        self.network = build_network(config.network).to(self.device)
+        self.schedule = from_config(config.schedule)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.network = build_network(config.network).to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=config.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+            self.network.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
+        )  # each step sets its learning rate
         self.step = 0
         self.log: list[dict[str, float]] = []
         if recover_folder(self.folder / "state").exists():
-            self._resume()
+            self._resume(self.folder / "state")
 
     def run(self, images: Tensor, labels: Tensor | None, quiet: bool = False) -> Checkpoint:
-        """Train to the configured number of images and save; resumes by itself.
+        """Train to the configured number of images, save, and return the averaged weights; resumes by itself.
 
         Args:
-            images: (N, C, H, W) uint8; labels: (N,) integers, or None.
+            images: (N, C, H, W) uint8, of the network's shape.
+            labels: (N,) integers below the network's classes, or None.
+            quiet: show nothing; otherwise a bar in a terminal, and elsewhere a line for each row of the log.
 
         Raises:
             ValueError: images or labels that do not fit the network.
-            TrainingError: the loss is NaN or Inf; the last checkpoint is kept.
+            TrainingError: the loss or the weights are NaN or Inf; the last checkpoint is kept.
         """
         self._check_data(images, labels)
         self.network.train()
-        losses: list[Tensor] = []
-        began, began_at = time.perf_counter(), self.step
-        columns = (
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, disable=quiet) as progress:
+        losses, began, first = [], time.perf_counter(), self.step
+        with _progress(quiet) as progress:
             task = progress.add_task("train", total=self.config.steps, completed=self.step, status="")
             while self.step < self.config.steps:
                 losses.append(self._train_step(images, labels))
-                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
-                    rate = (self.step - began_at) * self.config.batch_size / (time.perf_counter() - began)
+                last = self.step == self.config.steps
+                if last or self.step % self.config.log_every == 0:
+                    rate = (self.step - first) * self.config.batch_size / (time.perf_counter() - began)
                     loss = self._log(torch.stack(losses).mean().item(), rate)
-                    losses = []
-                    progress.update(task, completed=self.step, status=f"loss {loss:.4f}  {rate:.0f} images/s")
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                    losses.clear()
+                    status = f"loss {loss:.4f}  {rate:.0f} images/s"
+                    progress.update(task, completed=self.step, status=status)
+                    if progress.disable and not quiet:
+                        progress.console.print(f"step {self.step} of {self.config.steps}  {status}", highlight=False)
+                if last or self.step % self.config.save_every == 0:
                     self._save()
+        if first == self.step:  # nothing was left to do, but the model may be missing
+            save_checkpoint(self.folder / "model", self.checkpoint())
         return self.checkpoint()
 
     def checkpoint(self) -> Checkpoint:
         """The averaged weights, ready to sample from."""
-        info = {"images": self.step * self.config.batch_size, "training": asdict(self.config)}
-        if self.log:
-            info["loss"] = self.log[-1]["loss"]
+        loss = {"loss": self.log[-1]["loss"]} if self.log else {}
+        info = {"images": self.step * self.config.batch_size, "training": asdict(self.config), **loss}
         return Checkpoint(copy.deepcopy(self.ema).eval(), self.schedule, self.config.predicts, info)
 
     def _train_step(self, images: Tensor, labels: Tensor | None) -> Tensor:
         batch = draw_batch(images, labels, self.network.classes, self.schedule, self.config, self.step)
-        batch = Batch(
-            *(getattr(batch, name).to(self.device, non_blocking=True) for name in ("x0", "labels", "t", "eps"))
+        loss = diffusion_loss(
+            self.network, batch.to(self.device), self.schedule, self.config.predicts, _DTYPES[self.config.dtype]
         )
-        loss = diffusion_loss(self.network, batch, self.schedule, self.config.predicts, _DTYPES[self.config.dtype])
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
@@ -231,77 +325,74 @@ class Trainer:
             group["lr"] = learning_rate(self.config, self.step)
         self.optimizer.step()
         self.step += 1
-        self._average()
+        with torch.no_grad():
+            weight = 1.0 - ema_decay(self.config, self.step)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), weight)
         return loss.detach()
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Exponential moving average whose half-life grows with the run until it is the configured one (arXiv:2206.00364, code)."""
-        seen = self.step * self.config.batch_size
-        decay = 0.5 ** (self.config.batch_size / min(self.config.ema_half_life, 0.05 * seen))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1.0 - decay)
 
     def _log(self, loss: float, rate: float) -> float:
         if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step}; the last checkpoint in {self.folder} is intact. Lower learning_rate or grad_clip"
-            )
-        self.log.append(
-            {
-                "step": self.step,
-                "images": self.step * self.config.batch_size,
-                "loss": loss,
-                "learning_rate": learning_rate(self.config, self.step - 1),
-                "images_per_second": round(rate, 1),
-            }
-        )
+            raise self._diverged(f"the loss is {loss}")
+        seen, lr = self.step * self.config.batch_size, learning_rate(self.config, self.step - 1)
+        row = {"step": self.step, "images": seen, "loss": loss, "learning_rate": lr}
+        self.log.append(row | {"images_per_second": round(rate, 1)})
         return loss
 
+    def _diverged(self, what: str) -> TrainingError:
+        kept = "the last checkpoint is intact" if (self.folder / "state").exists() else "no checkpoint was written yet"
+        return TrainingError(f"{what} at step {self.step}; {kept} in {self.folder}. Lower learning_rate or grad_clip")
+
     def _save(self) -> None:
-        moments = {
-            f"{key}.{i}": value
-            for i, state in self.optimizer.state_dict()["state"].items()
-            for key, value in state.items()
-        }
+        """Write the model first and the state last: a kill between them repeats steps, and then writes both again."""
+        if not all(p.isfinite().all() for p in self.network.parameters()):
+            raise self._diverged("the weights are NaN or Inf")
+        save_checkpoint(self.folder / "model", self.checkpoint())
+        (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.log))
+        state = self.optimizer.state_dict()["state"]
+        moments = {f"{key}.{i}": value for i, values in state.items() for key, value in values.items()}
         write_folder(
             self.folder / "state",
             {"network": self.network.state_dict(), "ema": self.ema.state_dict(), "optimizer": moments},
             {"state": {"step": self.step, "config": asdict(self.config)}, "log": self.log},
         )
-        save_checkpoint(self.folder / "model", self.checkpoint())
-        (self.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in self.log))
 
-    def _resume(self) -> None:
-        state_folder = self.folder / "state"
-        state = read_json(state_folder / "state.json")
-        free = {"images", "cooldown", "save_every"}
-        changed = [
-            key
-            for key, value in json.loads(json.dumps(asdict(self.config))).items()
-            if key not in free and state["config"].get(key) != value
-        ]
-        if changed:
-            raise CheckpointError(
-                f"{state_folder} is another run: {changed[0]} was {state['config'].get(changed[0])!r}, now "
-                f"{getattr(self.config, changed[0])!r}; give another folder or the old value"
-            )
-        self.step, self.log = int(state["step"]), read_json(state_folder / "log.json")
+    def _resume(self, folder: Path) -> None:
+        saved, moments = read_json(folder / "state.json"), read_tensors(folder / "optimizer.safetensors")
+        parts, parameters = ("step", "exp_avg", "exp_avg_sq"), range(len(self.optimizer.param_groups[0]["params"]))
+        try:
+            self._check_same_run(folder, int(saved["step"]), saved["config"])
+            self.step, self.log = int(saved["step"]), read_json(folder / "log.json")
+            state = {i: {part: moments[f"{part}.{i}"] for part in parts} for i in parameters}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder} is not the state of a training run: {error!r}") from error
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for module, name in ((self.network, "network"), (self.ema, "ema")):
-            load_weights(
-                module, read_tensors(state_folder / f"{name}.safetensors"), state_folder / f"{name}.safetensors"
-            )
-        saved: dict[int, dict[str, Tensor]] = {}
-        for key, value in read_tensors(state_folder / "optimizer.safetensors").items():
-            moment, index = key.rsplit(".", 1)
-            saved.setdefault(int(index), {})[moment] = value
-        self.optimizer.load_state_dict({"state": saved, "param_groups": self.optimizer.state_dict()["param_groups"]})
+            load_weights(module, read_tensors(folder / f"{name}.safetensors"), folder / f"{name}.safetensors")
+
+    def _check_same_run(self, folder: Path, step: int, before: dict[str, Any]) -> None:
+        for name, value in json.loads(json.dumps(asdict(self.config))).items():
+            if name not in _MAY_CHANGE and before.get(name) != value:
+                was = f"{folder} is another run: {name} was {before.get(name)!r}, now {value!r}"
+                raise CheckpointError(f"{was}; give another folder or the old value")
+        if step > self.config.steps:
+            raise CheckpointError(f"{folder} has trained {step} steps, images={self.config.images} would be fewer")
 
     def _check_data(self, images: Tensor, labels: Tensor | None) -> None:
-        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != self.network.shape:
-            raise ValueError(
-                f"images must be (N, {', '.join(map(str, self.network.shape))}) uint8, got {tuple(images.shape)} {images.dtype}"
-            )
-        if labels is not None and (
-            len(labels) != len(images) or not 0 <= int(labels.min()) <= int(labels.max()) < self.network.classes
-        ):
-            raise ValueError(f"labels must be {len(images)} integers in 0 .. {self.network.classes - 1}")
+        shape, classes = self.network.shape, self.network.classes
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != shape or not len(images):
+            needed = f"(N, {', '.join(map(str, shape))}) uint8 with N > 0"
+            raise ValueError(f"images must be {needed}, got {tuple(images.shape)} {images.dtype}")
+        if labels is None:
+            return
+        whole = not labels.is_floating_point() and labels.shape == (len(images),)
+        if not whole or labels.min() < 0 or labels.max() >= classes:
+            given = f"{labels.min()} .. {labels.max()}" if whole else f"{tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"labels must be ({len(images)},) integers in 0 .. {classes - 1}, got {given}")
+
+
+def _progress(quiet: bool) -> Progress:
+    """A progress bar, disabled where it would not be seen."""
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress("train", BarColumn(), MofNCompleteColumn(), "{task.fields[status]}", *times)
+    progress.disable = quiet or not progress.console.is_terminal
+    return progress

@@ -15,10 +15,6 @@ from samplers.grid import Grid
 from samplers.model import EpsModel
 
 
-class _BudgetSpent(Exception):
-    """The integrator asked for one call more than it was allowed."""
-
-
 @torch.no_grad()
 def integrate(
     model: EpsModel,
@@ -62,7 +58,7 @@ def integrate(
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         if not 0 < tolerance < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {tolerance}")
-    slope = _Slope(model, grid, {} if cond is None else cond, nfe)
+    slope = _Slope(model, grid, {} if cond is None else cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
     inner = grid.steps + 1 - int(grid.sigma[-1] == 0)
     theta = torch.atan2(*(torch.as_tensor(a[:inner], dtype=torch.float64) for a in (grid.sigma, grid.alpha)))
     norm = (grid.alpha**2 + grid.sigma**2) ** 0.5
@@ -86,19 +82,19 @@ def _segment(odeint: Any, slope: _Slope, y: Tensor, theta: Tensor, method: str, 
     try:
         # step_t: without it the integrator steps past the end, where the model is not defined, and interpolates back
         return odeint(slope, y, theta, method=method, rtol=rtol, atol=atol, options={"step_t": theta[1:]})[-1]
-    except _BudgetSpent as spent:
-        raise SamplingError(
-            f"rtol={rtol:g}, atol={atol:g} needs more than nfe={slope.budget} network calls; allow more calls or a larger tolerance"
-        ) from spent
     except AssertionError as error:  # torchdiffeq's step-size underflow, which NaN also causes
-        raise SamplingError(f"the adaptive integrator stopped at theta={slope.theta:g} (t={slope.t:g}): {error}") from error
+        raise SamplingError(
+            f"the adaptive integrator stopped at theta={slope.theta:g} (t={slope.t:g}): {error}"
+        ) from error
 
 
 class _Slope:
     """`dy/dtheta`, counting its calls."""
 
-    def __init__(self, model: EpsModel, grid: Grid, cond: Mapping[str, Any], budget: int | None) -> None:
-        self.model, self.grid, self.cond, self.budget = model, grid, cond, budget
+    def __init__(
+        self, model: EpsModel, grid: Grid, cond: Mapping[str, Any], budget: int | None, tolerances: str
+    ) -> None:
+        self.model, self.grid, self.cond, self.budget, self.tolerances = model, grid, cond, budget, tolerances
         self.calls, self.theta, self.t = 0, math.nan, math.nan
 
     def __call__(self, theta: Tensor, y: Tensor) -> Tensor:
@@ -115,7 +111,9 @@ class _Slope:
 
     def _output(self, x: Tensor, t: float, alpha: float, sigma: float, kind: str) -> Tensor:
         if self.budget is not None and self.calls >= self.budget:
-            raise _BudgetSpent
+            raise SamplingError(
+                f"{self.tolerances} needs more than nfe={self.budget} network calls; allow more calls or a larger tolerance"
+            )
         self.calls += 1
         out, (by_x, by_out) = self.model.evaluate(x, t, alpha, sigma, kind, self.cond)
         return out * by_out + x * by_x if by_x else out * by_out

@@ -71,7 +71,7 @@ def run_plan(
         ValueError, TypeError: bad arguments, or a network that returns another shape.
         SamplingError: NaN or Inf from the network; names the step and the time.
     """
-    if check not in (True, False, "each"):
+    if not isinstance(check, bool) and check != "each":
         raise ValueError(f"check must be True, False or 'each', got {check!r}")
     check_start(model, x_T)
     cond = {} if cond is None else cond
@@ -163,7 +163,9 @@ class _Run:
 
     def _check(self, value: Tensor, node: int, what: str) -> None:
         if not torch.isfinite(value).all():
-            raise SamplingError(f"NaN or Inf in step {node} of {self.plan.steps} of sampler {self.plan.sampler!r}: {what}")
+            raise SamplingError(
+                f"NaN or Inf in step {node} of {self.plan.steps} of sampler {self.plan.sampler!r}: {what}"
+            )
 
 
 def seeded_noise(seed: int, indices: Tensor) -> NoiseSource:
@@ -192,7 +194,9 @@ def sample_indices(indices: Tensor | None, batch: int) -> Tensor:
 
 def check_start(model: EpsModel, x_T: Tensor) -> None:
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
-        raise TypeError(f"x_T must be a floating-point tensor (B, ...), got {getattr(x_T, 'dtype', type(x_T).__name__)}")
+        raise TypeError(
+            f"x_T must be a floating-point tensor (B, ...), got {getattr(x_T, 'dtype', type(x_T).__name__)}"
+        )
     weights = model.weights
     if weights is not None and weights.device != x_T.device:
         raise ValueError(f"x_T is on {x_T.device}, the network on {weights.device}; move one of them")

@@ -172,8 +172,12 @@ def make_grid(schedule: Schedule, grid: str | Points, steps: int, final: str | N
     final = default if final is None else final
     if final not in FINALS:
         raise unknown("final", final, FINALS)
-    t = np.asarray(points(schedule, steps if final == "zero" else steps + 1), dtype=np.float64)
-    t[0] = t[0] if t[0] < schedule.t_max else schedule.t_max  # rounding in t_of_lam may overshoot the end by an ulp
+    n = steps if final == "zero" else steps + 1
+    t = np.array(points(schedule, n), dtype=np.float64)
+    if t.shape != (n,):
+        raise ValueError(f"grid {grid!r} must give {n} times, got shape {t.shape}")
+    if math.isclose(t[0], schedule.t_max, rel_tol=1e-9):
+        t[0] = schedule.t_max  # rounding may miss the end by an ulp, which is a step of its own where alpha = 0
     t = _within(schedule, t, f"grid {grid!r}")
     if final != "t_min":
         t = np.append(t, schedule.t_zero)
@@ -198,7 +202,7 @@ def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> Gri
         ValueError: as `from_timesteps`, or a negative sigma.
     """
     values = _vector(sigmas, "sigmas")
-    if values.ndim == 1 and len(values) and not (values[:-1] > 0).all() or not (values[-1:] >= 0).all():
+    if not (values[:-1] > 0).all() or values[-1] < 0:
         raise ValueError(f"sigmas must be positive (only the last may be 0), got {values.tolist()}")
     rising = np.flatnonzero(~(np.diff(values) < 0))
     if len(rising):
@@ -227,7 +231,9 @@ def _within(schedule: Schedule, t: np.ndarray, what: str) -> np.ndarray:
     slack_low, slack_high = (_RANGE_TOLERANCE * (abs(end) if end else 1.0) for end in (low, high))
     outside = (t < low - slack_low) | (t > high + slack_high)
     if outside.any():
-        raise ValueError(f"{what}: time {t[outside][0]:g} is outside [{low:g}, {high:g}], the range of schedule {schedule.name!r}")
+        raise ValueError(
+            f"{what}: time {t[outside][0]:g} is outside [{low:g}, {high:g}], the range of schedule {schedule.name!r}"
+        )
     return np.clip(t, low, high)
 
 

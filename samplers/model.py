@@ -22,7 +22,9 @@ class Affine(NamedTuple):
     out: Scalar
 
 
-def _eps_and_x0(predicts: str, alpha: Scalar, sigma: Scalar, dalpha: Scalar, dsigma: Scalar, data: float) -> tuple[Affine, Affine]:
+def _eps_and_x0(
+    predicts: str, alpha: Scalar, sigma: Scalar, dalpha: Scalar, dsigma: Scalar, data: float
+) -> tuple[Affine, Affine]:
     """Epsilon and x0 as affine functions of the state and of what the network outputs, for any schedule.
 
     From `x = alpha x0 + sigma eps` and: `v = alpha eps - sigma x0` (Salimans & Ho 2022, arXiv:2202.00512, appendix D),
@@ -85,7 +87,13 @@ class EpsModel:
             raise TypeError(f"time_input must be None or callable, got {type(time_input).__name__}")
         if predicts not in PREDICTIONS:
             raise unknown("predicts", predicts, PREDICTIONS)
-        self.net, self.schedule, self.predicts, self.time_input, self.sigma_data = net, schedule, predicts, time_input, sigma_data
+        self.net, self.schedule, self.predicts, self.time_input, self.sigma_data = (
+            net,
+            schedule,
+            predicts,
+            time_input,
+            sigma_data,
+        )
 
     @property
     def weights(self) -> Tensor | None:
@@ -109,7 +117,9 @@ class EpsModel:
         """The velocity `alpha eps - sigma x0`, shape of x."""
         return self._predict(x, t, "v", cond)
 
-    def evaluate(self, x: Tensor, t: float, alpha: float, sigma: float, kind: str, cond: Mapping[str, Any]) -> tuple[Tensor, Affine]:
+    def evaluate(
+        self, x: Tensor, t: float, alpha: float, sigma: float, kind: str, cond: Mapping[str, Any]
+    ) -> tuple[Tensor, Affine]:
         """One network call as a plan makes it: the raw output, and how `kind` follows from it.
 
         Args:
@@ -123,7 +133,9 @@ class EpsModel:
         """
         affine = self._affine(kind, t, alpha, sigma)
         if float("inf") in (abs(affine.x), abs(affine.out)):
-            raise ValueError(f"a network with predicts={self.predicts!r} gives no {kind} at t={t:g}, where alpha={alpha:g} and sigma={sigma:g}")
+            raise ValueError(
+                f"a network with predicts={self.predicts!r} gives no {kind} at t={t:g}, where alpha={alpha:g} and sigma={sigma:g}"
+            )
         times = torch.full((len(x),), t, dtype=_time_dtype(x), device=x.device)
         return self._call(x, times, alpha, sigma, cond), affine
 
@@ -163,7 +175,9 @@ class EpsModel:
             times = self.time_input(times)
         out = self.net(state, times, **cond)
         if not isinstance(out, Tensor):
-            raise TypeError(f"net must return a tensor, got {type(out).__name__}; wrap it, e.g. lambda x, t: net(x, t).sample")
+            raise TypeError(
+                f"net must return a tensor, got {type(out).__name__}; wrap it, e.g. lambda x, t: net(x, t).sample"
+            )
         if out.shape != x.shape:
             raise ValueError(f"net must return the shape of x, {tuple(x.shape)}, got {tuple(out.shape)}")
         return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from samplers.program import START, Combine, Evaluate, Instruction, Program, low
 
 FORMAT, VERSION = "fewstep-plan", 1
 KINDS = ("eps", "x0")
+_LARGEST = sys.float_info.max
 
 
 class PlanError(ValueError):
@@ -32,7 +34,8 @@ class Plan:
         sampler: the name it was made under; not part of equality, which compares what is computed.
 
     Raises:
-        PlanError: a name used before it exists or defined twice, a coefficient that is not finite, no result.
+        PlanError: times that do not decrease, a name used before it exists or defined twice, a sum that uses a name twice,
+            noises that are not z0, z1, ... in order of first use, a coefficient that is not finite, no result.
     """
 
     instructions: tuple[Instruction, ...]
@@ -42,7 +45,9 @@ class Plan:
     sampler: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        known = {START}
+        if len(self.times) < 2 or not all(a > b for a, b in zip(self.times, self.times[1:], strict=False)):
+            raise PlanError(f"times: must be at least 2 and decrease strictly, got {self.times}")
+        known, noises = {START}, 0
         for i, step in enumerate(self.instructions):
             if isinstance(step, Evaluate):
                 used: tuple[str, ...] = (step.src,)
@@ -50,13 +55,21 @@ class Plan:
             else:
                 used = tuple(name for name, _ in step.terms)
                 finite = all(math.isfinite(coefficient) for _, coefficient in step.terms)
-                known.update(name for name in used if name[0] == "z")
+                for name in used:
+                    if name == f"z{noises}":
+                        known.add(name)
+                        noises += 1
+                if step.node is not None and not 1 <= step.node <= self.steps:
+                    raise PlanError(f"instructions[{i}].node: must be 1 to {self.steps}, got {step.node}")
             if not finite:
                 raise PlanError(f"instructions[{i}]: not finite: {step}")
             if not known.issuperset(used):
                 raise PlanError(f"instructions[{i}]: uses {sorted(set(used) - known)[0]!r} before it exists")
-            if step.dst in known:
-                raise PlanError(f"instructions[{i}]: defines {step.dst!r} a second time")
+            if not used or len(set(used)) < len(used):
+                raise PlanError(f"instructions[{i}]: must use at least one name, and each once, got {list(used)}")
+            if step.dst in known or step.dst[:1] in ("", "z"):
+                why = "a second time" if step.dst in known else "but names with z are for noises and none is empty"
+                raise PlanError(f"instructions[{i}]: defines {step.dst!r} {why}")
             known.add(step.dst)
         if not self.instructions or not isinstance(self.instructions[-1], Combine):
             raise PlanError("instructions: the last one must be a combine, whose dst is the result")
@@ -74,7 +87,15 @@ class Plan:
     @cached_property
     def noises(self) -> int:
         """Standard-normal noises the plan uses."""
-        return len({name for step in self.instructions if isinstance(step, Combine) for name, _ in step.terms if name[0] == "z"})
+        return len(
+            {
+                name
+                for step in self.instructions
+                if isinstance(step, Combine)
+                for name, _ in step.terms
+                if name[0] == "z"
+            }
+        )
 
     @property
     def stochastic(self) -> bool:
@@ -122,16 +143,26 @@ class Plan:
             rtol: tolerance relative to the largest coefficient.
         """
         mine, theirs = ([s.t for s in plan.instructions if isinstance(s, Evaluate)] for plan in (self, other))
-        if len(mine) != len(theirs) or self.noises != other.noises or not np.allclose(mine, theirs, rtol=rtol, atol=rtol):
+        if (
+            len(mine) != len(theirs)
+            or self.noises != other.noises
+            or not np.allclose(mine, theirs, rtol=rtol, atol=rtol)
+        ):
             return False
-        zero_alpha = any(isinstance(s, Evaluate) and s.alpha == 0 for s in self.instructions)
+        zero_alpha = any(isinstance(s, Evaluate) and s.alpha == 0 for p in (self, other) for s in p.instructions)
         a, b = (plan.matrix("x0" if zero_alpha else "eps") for plan in (self, other))
         return bool(np.abs(a - b).max() <= rtol * max(np.abs(a).max(), np.abs(b).max()))
 
     def to_json(self) -> str:
         """The plan as JSON text; numbers in shortest form that reads back to the same bits."""
         steps = [{"op": type(step).__name__.lower(), **step._asdict()} for step in self.instructions]
-        head = {"format": FORMAT, "version": VERSION, "sampler": self.sampler, "prediction": self.prediction, "sigma_T": self.sigma_T}
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "sampler": self.sampler,
+            "prediction": self.prediction,
+            "sigma_T": self.sigma_T,
+        }
         return json.dumps({**head, "times": self.times, "instructions": steps}, allow_nan=False)
 
     @staticmethod
@@ -147,9 +178,13 @@ class Plan:
             raise PlanError(f"not JSON: {error}") from error
         head = _Reader(document, "")
         if head.get("format", str) != FORMAT or head.get("version", int) != VERSION:
-            raise PlanError(f"format: expected {FORMAT!r} version {VERSION}, got {document['format']!r} version {document['version']!r}")
+            raise PlanError(
+                f"format: expected {FORMAT!r} version {VERSION}, got {document['format']!r} version {document['version']!r}"
+            )
         times = tuple(_number(value, f"times[{i}]") for i, value in enumerate(head.get("times", list)))
-        steps = tuple(_instruction(_Reader(item, f"instructions[{i}]")) for i, item in enumerate(head.get("instructions", list)))
+        steps = tuple(
+            _instruction(_Reader(item, f"instructions[{i}]")) for i, item in enumerate(head.get("instructions", list))
+        )
         return Plan(steps, times, head.choice("prediction", KINDS), head.number("sigma_T"), head.get("sampler", str))
 
 
@@ -190,7 +225,7 @@ class _Reader:
 
 
 def _number(value: Any, path: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST <= value <= _LARGEST:
         raise PlanError(f"{path}: must be a finite number, got {value!r}")
     return float(value)
 

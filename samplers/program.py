@@ -83,7 +83,7 @@ def lower(instructions: tuple[Instruction, ...]) -> Program:
         drawn = [name for name, _ in step.terms if name not in number]
         for name in drawn:
             number[name] = len(number)
-        ordered = sorted(step.terms, key=lambda term: (last[term[0]] != i or term[0][0] != "x" or term[0] == START))
+        ordered = sorted(step.terms, key=lambda term: last[term[0]] != i or term[0][0] != "x" or term[0] == START)
         dead = tuple(number[name] for name, _ in step.terms if last[name] == i)
         number[step.dst] = len(number)
         terms = tuple((number[name], c) for name, c in ordered)

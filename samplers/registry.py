@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from numbers import Integral, Real
 from typing import Any
 
 from samplers.errors import unknown
@@ -66,10 +67,14 @@ class Sampler:
         return plan
 
     def check_options(self, options: dict[str, Any]) -> None:
-        """Raise ValueError for an option this sampler does not have."""
-        for name in options:
+        """Raise ValueError for an option this sampler does not have, TypeError for one that should be a number and is not."""
+        for name, value in options.items():
             if name not in self.options:
                 raise unknown(f"option of sampler {self.name!r}:", name, self.options or ("none",))
+            default = self.options[name]
+            wanted = Real if isinstance(default, float) else Integral if isinstance(default, int) else object
+            if not isinstance(value, wanted) or (isinstance(default, float) and isinstance(value, bool)):
+                raise TypeError(f"{name} of sampler {self.name!r} must be like its default {default}, got {value!r}")
 
 
 _DDPM, _DDIM = "Ho et al. 2020, arXiv:2006.11239", "Song et al. 2021, arXiv:2010.02502"
@@ -94,9 +99,7 @@ _TABLE = (
     Sampler("dpm-solver-3s", _THIRD, "dpm-solver", 3, "no", 3, "logsnr", _DPM, mixed_orders=True),
     Sampler("dpm-solver-2m", partial(multistep, prediction="eps"), "dpm-solver", 2, "no", 1, "logsnr", _DPMPP),
     Sampler("dpmpp-2m", partial(multistep, prediction="x0"), "dpm-solver++", 2, "no", 1, "logsnr", _DPMPP),
-    Sampler(
-        "rk45", None, "adaptive", 5, "no", 6, "uniform", _DOPRI, adaptive_options=(("rtol", 1e-5), ("atol", 1e-5))
-    ),
+    Sampler("rk45", None, "adaptive", 5, "no", 6, "uniform", _DOPRI, adaptive_options=(("rtol", 1e-5), ("atol", 1e-5))),
 )
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 

@@ -150,7 +150,9 @@ def _nodes(
             raise ValueError(f"{name} must be at least 1, got {value}")
     for name, extra in (("grid", grid), ("final", final)):
         if extra is not None and (timesteps is not None or sigmas is not None):
-            raise ValueError(f"{name} goes with steps or nfe; explicit {given[0]} are the whole grid, got {name}={extra!r}")
+            raise ValueError(
+                f"{name} goes with steps or nfe; explicit {given[0]} are the whole grid, got {name}={extra!r}"
+            )
     if timesteps is not None:
         return from_timesteps(schedule, timesteps), options
     if sigmas is not None:
@@ -169,18 +171,26 @@ def _budgeted(
     A step from alpha = 0 and a step to sigma = 0 are first order and take one call, whatever a full step takes.
     """
     final = points_of(grid)[1] if final is None else final
-    cheap_first, cheap_last = int(schedule.alpha(schedule.t_max) == 0), int(final != "t_min")
+    cheap_first, cheap_last = int(_starts_at_noise(schedule, grid)), int(final != "t_min")
     extra = int(final == "denoise")  # the call more that "denoise" takes
-    if entry.mixed_orders and options.get("orders") is None:
+    mixed = entry.mixed_orders and options.get("orders") is None
+    if mixed:
         orders = [1] * cheap_first + mixed_orders(entry.order, nfe - cheap_first)
         if cheap_last and orders[-1] != 1:
             orders = [1] * cheap_first + mixed_orders(entry.order, nfe - cheap_first - 1) + [1]
         if len(orders) > extra:
             return _mixed_grid(schedule, orders, grid, final), {**options, "orders": orders}
-    steps = (nfe + (entry.calls - 1) * (cheap_first + cheap_last)) // entry.calls
+    calls = 1 if mixed else entry.calls
+    saved = (calls - 1) * (cheap_first + cheap_last)
+    steps = (nfe + saved) // calls
     if steps < 1 + extra:
-        raise ValueError(f"nfe must be at least {1 + extra if cheap_last else entry.calls} for {entry.name!r} here, got {nfe}")
+        raise ValueError(f"nfe must be at least {calls * (1 + extra) - saved} for {entry.name!r} here, got {nfe}")
     return make_grid(schedule, grid, steps - extra, final), options
+
+
+def _starts_at_noise(schedule: Schedule, grid: str | Points) -> bool:
+    """Whether a grid starts where alpha = 0; "leading", for one, starts lower."""
+    return bool(schedule.alpha(schedule.t_max) == 0 and make_grid(schedule, grid, 1, "t_min").alpha[0] == 0)
 
 
 def _mixed_grid(schedule: Schedule, orders: list[int], grid: str | Points, final: str) -> Grid:
@@ -204,7 +214,7 @@ def _start(
     if x_T is not None:
         check_start(model, x_T)
         return x_T
-    size = tuple(shape or ())
+    size = tuple(shape) if isinstance(shape, Sequence) else ()
     if not size or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
         raise ValueError(f"shape must be positive integers (B, ...), got {shape!r}")
     weights = model.weights

@@ -119,8 +119,7 @@ class Schedule(ABC):
     def dsigma(self, t: Array) -> Array:
         """`d sigma / d t` at time t, per unit of the schedule's own time; positive.
 
-        On a variance-preserving schedule it is `-alpha dalpha / sigma`, with the slope of alpha that `dalpha` takes; there
-        it is +inf at `t_zero`, where sigma leaves 0 like a square root.
+        Where alpha^2 + sigma^2 = 1 it is `-alpha dalpha / sigma`, +inf at `t_zero` (sigma leaves 0 like a square root).
         """
         return self._dsigma(*_as_array(t))
 
@@ -299,7 +298,7 @@ class Discrete(Schedule):
         return float(len(self.alphas_cumprod) - 1)
 
     def _interval(self, whole: Any, like: Any, xp: Any) -> tuple[Any, Any, Any, Any]:
-        """The interval of that number (the first or last for times outside): index, first node, slope, `alpha_is_linear`."""
+        """Index, first node, slope and `alpha_is_linear` of interval `whole`, the nearest for times outside."""
         last = len(self._slopes) - 1
         i = np.clip(whole, 0, last).astype(np.int64) if xp is np else whole.clamp(0, last).long()
         alpha_is_linear = (i == last) & (self.alphas_cumprod[-1] == 0)
@@ -380,13 +379,8 @@ def _float64(values: Any, argument: str) -> np.ndarray:
     return table
 
 
-_FACTORIES: dict[str, Callable[..., Schedule]] = {
-    "vp_linear": vp_linear,
-    "cosine": cosine,
-    "edm": edm,
-    "flow": flow,
-    "discrete": from_alphas_cumprod,
-}
+_FACTORIES: dict[str, Callable[..., Schedule]] = {c.name: c for c in (VPLinear, Cosine, EDM, Flow)}
+_FACTORIES[Discrete.name] = from_alphas_cumprod
 
 
 def from_config(config: dict[str, Any]) -> Schedule:

@@ -35,7 +35,7 @@ from bench.features import (
 from bench.metrics import Moments, frechet_distance
 from distill.checkpoint import CheckpointError
 
-TINY = ClassifierTraining(epochs=3, batch_size=32, width=4, dims=8)
+TINY = ClassifierTraining(epochs=3, batch_size=32, learning_rate=0.02, width=4, hidden=8)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,12 @@ def test_quantise_is_the_inverse_of_dequantise_on_every_level():
 def test_quantise_clips_and_takes_every_floating_dtype(dtype):
     values = torch.tensor([-7.0, -1.0, 0.25, 1.0, 3.0], dtype=dtype)
     assert quantise(values).tolist() == [0, 0, 159, 255, 255]
+
+
+def test_quantise_takes_read_only_and_flipped_arrays():
+    values = np.linspace(-1, 1, 256)
+    values.setflags(write=False)
+    assert quantise(values[::-1]).tolist() == list(range(255, -1, -1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -116,6 +122,12 @@ def test_autocast_of_the_caller_changes_nothing(extractor):
     with torch.autocast("cpu", torch.bfloat16):
         inside = extractor.features(images)
     assert np.array_equal(inside, extractor.features(images))
+
+
+def test_a_bad_image_leaves_gradients_enabled(extractor):
+    with pytest.raises(ValueError, match="NaN"):
+        extractor.features(torch.full((1, 1, 28, 28), float("nan")))
+    assert torch.is_grad_enabled()
 
 
 def test_no_images_have_no_features(extractor):
@@ -246,7 +258,7 @@ def test_a_missing_folder_is_refused(tmp_path):
     [
         ({"format": 9}, "format must be 1, got 9"),
         ({"network": {"class": "LeNet"}}, "another architecture: class must be 'DigitClassifier', got 'LeNet'"),
-        ({"network": {"class": "DigitClassifier", "dims": 32}}, "another architecture"),
+        ({"network": {"class": "DigitClassifier", "hidden": 32}}, "another architecture"),
         ({"network": {"class": "DigitClassifier", "depth": 3}}, "depth"),
         ({"network": None}, "another architecture"),
         ({"hash": None}, "altered"),

@@ -79,7 +79,9 @@ class _Steps:
 class _Inner:
     """Points inside the steps: time, alpha, sigma, factor on the state at the step's start, scale of the psi terms."""
 
-    def __init__(self, t: list[float], alpha: list[float], sigma: list[float], state: list[float], scale: list[float]) -> None:
+    def __init__(
+        self, t: list[float], alpha: list[float], sigma: list[float], state: list[float], scale: list[float]
+    ) -> None:
         self.t, self.alpha, self.sigma, self.state, self.scale = t, alpha, sigma, state, scale
 
     def evaluate(self, p: Draft, src: str, i: int) -> str:
@@ -106,7 +108,7 @@ def singlestep(
         order: 1, 2 or 3, also the calls of a step.
         solver_type: "midpoint" as in the papers' algorithms, "heun" or "taylor" (the same) with exact psi_2, psi_3.
         r1, r2: inner points as fractions of the step in lam, 0 < r1 < r2 <= 1 (order 3), 0 < r1 <= 1 (order 2); by default
-            1/2, or 1/3 and 2/3.
+            1/2, or 1/3 and 2/3. A step of order 3 loses an order with any other r2.
         orders: the order of each step, 1 to `order`; None: `order` everywhere. Lower steps use their default inner point.
     """
     _check_solver_type(solver_type)
@@ -141,7 +143,14 @@ def _second_order(p: Draft, s: _Steps, fractions: tuple[float, ...], solver_type
 def _third_order(p: Draft, s: _Steps, fractions: tuple[float, ...], solver_type: str):  # type: ignore[no-untyped-def]
     r1, r2 = fractions
     near, far = s.inner(r1), s.inner(r2)
-    psi_near, psi_far, psi_far2, psi_1, psi_2, psi_3 = s.psi(1, r1), s.psi(1, r2), s.psi(2, r2), s.psi(1), s.psi(2), s.psi(3)
+    psi_near, psi_far, psi_far2, psi_1, psi_2, psi_3 = (
+        s.psi(1, r1),
+        s.psi(1, r2),
+        s.psi(2, r2),
+        s.psi(1),
+        s.psi(2),
+        s.psi(3),
+    )
 
     def write(i: int, x: str, out: str) -> str:
         u = p.combine(None, (x, near.state[i]), (out, -near.scale[i] * psi_near[i]))
@@ -165,7 +174,9 @@ def _third_order(p: Draft, s: _Steps, fractions: tuple[float, ...], solver_type:
 _WRITERS = {2: _second_order, 3: _third_order}
 
 
-def multistep(grid: Grid, *, prediction: str, solver_type: str = "midpoint", lower_order_final: bool | int = 15) -> Plan:
+def multistep(
+    grid: Grid, *, prediction: str, solver_type: str = "midpoint", lower_order_final: bool | int = 15
+) -> Plan:
     """DPM-Solver-2M (eps) and DPM-Solver++(2M) (x0): the slope comes from the step before, one call a step.
 
     Lu et al. 2022, arXiv:2211.01095, algorithm 2.
@@ -207,7 +218,9 @@ def _orders(grid: Grid, order: int, orders: Sequence[int] | None) -> list[int]:
     if orders is None:
         return [order] * grid.steps
     if len(orders) != grid.steps or any(isinstance(k, bool) or k not in range(1, order + 1) for k in orders):
-        raise ValueError(f"orders must be {grid.steps} integers from 1 to {order}, one for each step, got {list(orders)}")
+        raise ValueError(
+            f"orders must be {grid.steps} integers from 1 to {order}, one for each step, got {list(orders)}"
+        )
     return list(orders)
 
 

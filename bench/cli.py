@@ -1,0 +1,164 @@
+"""The command line: `fewstep bench`, `fewstep samplers`, `fewstep train`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+_INTERRUPTED = 130
+
+
+def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors that are the caller's end in one line and exit code 2; anything else is a bug and keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            raise click.UsageError(str(error)) from error
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fewstep")
+def main() -> None:
+    """How few network calls can a diffusion model get away with, and with which sampler?"""
+
+
+@main.command()
+@click.argument("suite", default="mnist")
+@click.option("--samplers", help="Rows to measure: labels of the suite or registered names, separated by commas.")
+@click.option("--nfe", help="Budgets of network calls, separated by commas.")
+@click.option("--num-samples", type=click.IntRange(min=2), help="Samples for each cell.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples for each network call; does not change them.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of all noise.")
+@click.option("--model", help="A model of the zoo, or a checkpoint folder.")
+@click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="Of the network."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Results folder; by default results/SUITE-SAMPLES.")
+@_plain_errors
+def bench(
+    suite: str,
+    samplers: str | None,
+    nfe: str | None,
+    num_samples: int | None,
+    batch_size: int | None,
+    seed: int | None,
+    model: str | None,
+    device: str,
+    dtype: str,
+    out: Path | None,
+) -> None:
+    """Measure a SUITE of samplers (by default: mnist) and write table, plot and pictures.
+
+    A run that was stopped goes on where it stopped: type the same command again.
+    """
+    from bench.suite import load_suite
+
+    changes = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "model": model}
+    budgets = None if nfe is None else _integers("--nfe", nfe)
+    chosen = [] if samplers is None else [name.strip() for name in samplers.split(",") if name.strip()]
+    resolved = load_suite(suite).changed(chosen, nfe=budgets, **changes)
+    folder = out or Path("results") / f"{resolved.name}-{resolved.num_samples}"
+    _measure(resolved, folder, device, dtype)
+
+
+def _measure(suite: Any, folder: Path, device: str, dtype: str) -> None:
+    """Run the suite, then write and print what came out; on Ctrl-C say how to go on."""
+    import torch
+    from rich.console import Console
+
+    from bench.report import write_results
+    from bench.run import run_suite
+    from bench.table import terminal
+    from bench.zoo import default_dtype, load_model
+
+    device = _checked_device(device)
+    dtype = default_dtype(device) if dtype == "auto" else dtype
+    console = Console()
+    model = load_model(suite.model, device, dtype)
+    console.print(
+        f"suite {suite.name}: {len(suite.samplers)} samplers x {len(suite.nfe)} budgets x {suite.num_samples} samples, "
+        f"model {model.name}, {dtype} on {device}, {torch.get_num_threads()} threads -> {folder}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    try:
+        rows = run_suite(suite, model, folder, dtype, device, console)
+    except KeyboardInterrupt:
+        click.echo(f"\nstopped; finished cells are kept in {folder}, and the same command goes on from there", err=True)
+        raise SystemExit(_INTERRUPTED) from None
+    title = write_results(suite, model, folder, dtype, device, rows)
+    console.print(terminal(rows, model.judge.floor, title))
+    console.print(f"table, plot and pictures: {folder}", highlight=False, soft_wrap=True)
+
+
+@main.command(name="samplers")
+def list_all() -> None:
+    """List every sampler with its order, calls for each step, options and reference."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from samplers import list_samplers
+
+    table = Table(title="samplers")
+    table.add_column("name", no_wrap=True)
+    for column in ("order", "stochastic", "calls/step", "options", "reference"):
+        table.add_column(column)
+    for s in list_samplers():
+        table.add_row(s.name, str(s.order), s.stochastic, str(s.calls), ", ".join(s.options), s.reference)
+    Console().print(table)
+
+
+@main.command()
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Parquet file, image folder, zip or npz.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="YAML of TeacherConfig; by default the shipped mnist one."
+)
+@click.option("--images", type=click.IntRange(min=1), help="Training images to see in all.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; resumes what is in it.")
+@click.option("--device", default="cpu", show_default=True)
+@_plain_errors
+def train(data: Path, config: Path | None, images: int | None, out: Path, device: str) -> None:
+    """Train an epsilon-model; resumes by itself, and OUT/model is a checkpoint for `fewstep bench --model`."""
+    import torch
+
+    from bench.data import load_images
+    from distill.teacher import MNIST_CONFIG, Trainer, load_config
+
+    overrides = {} if images is None else {"images": images}
+    settings = load_config(MNIST_CONFIG if config is None else config, **overrides)
+    trainer = Trainer(settings, out, _checked_device(device))
+    source = load_images(data)
+    try:
+        trainer.run(torch.from_numpy(source.images), None if source.labels is None else torch.from_numpy(source.labels))
+    except KeyboardInterrupt:
+        click.echo(f"\nstopped; the same command goes on from the last checkpoint in {out}", err=True)
+        raise SystemExit(_INTERRUPTED) from None
+    click.echo(json.dumps(trainer.log[-1]))
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} takes integers separated by commas, got {text!r}") from error
+
+
+def _checked_device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return name

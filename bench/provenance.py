@@ -1,0 +1,80 @@
+"""What made a run: versions, machine, commit, time and memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.store import code_fingerprint
+from bench.suite import Suite
+from bench.zoo import BenchModel
+
+Row = dict[str, Any]
+
+
+def peak_memory_mb(device: str) -> float:
+    """Peak resident memory of the process so far, or of the accelerator's allocator."""
+    if torch.device(device).type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def provenance(suite: Suite, model: BenchModel, dtype: str, device: str, rows: Sequence[Row]) -> Row:
+    """What a reader needs to repeat the run: the resolved suite, hashes, versions, machine, time and memory."""
+    done = [row for row in rows if row["status"] == "done"]
+    return {
+        "suite": suite.model_dump(),
+        "model_hash": model.hash,
+        "hashes": model.judge.hashes,
+        "code": code_fingerprint(),
+        "commit": _commit(),
+        "dtype": dtype,
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("fewstep", "torch", "numpy", "scipy", "diffusers")},
+        "sampling_seconds": round(sum(row["seconds"] for row in done), 1),
+        "peak_memory_mb": max((row["peak_memory_mb"] for row in done), default=None),
+        "failed": [
+            {"label": row["label"], "budget": row["budget"], "reason": row["reason"]}
+            for row in rows
+            if row["status"] == "failed"
+        ],
+    }
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    return f"{names[0]} ({len(names)} cores)" if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The source's commit, with a mark where the tree differs from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return commit and commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -1,0 +1,62 @@
+"""Schedules, and an exact network of every kind on them: what most tests start from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bench.mixture import GaussianMixture
+from samplers import EpsModel, schedules
+
+_BETAS = np.linspace(1e-4, 0.02, 1000)
+SCHEDULES = {
+    "vp_linear": schedules.vp_linear(),
+    "cosine": schedules.cosine(),
+    "edm": schedules.edm(),
+    "flow": schedules.flow(),
+    "discrete": schedules.from_betas(_BETAS),
+    "zero_snr": schedules.from_alphas_cumprod(np.append(np.cumprod(1 - _BETAS)[:-1], 0.0)),
+}
+
+
+@pytest.fixture
+def schedule(request):
+    """A schedule by name: `@pytest.mark.parametrize("schedule", [...], indirect=True)`."""
+    return SCHEDULES[request.param]
+
+
+@pytest.fixture(scope="session")
+def mixture():
+    return GaussianMixture.random(dim=2, components=3, seed=0)
+
+
+@pytest.fixture(scope="session")
+def exact(mixture):
+    """`exact(schedule, predicts)`: the epsilon-model whose network knows the mixture, whatever it predicts."""
+
+    def model(schedule, predicts="eps", **options):
+        return EpsModel(_network(mixture, schedule, predicts), schedule, predicts, **options)
+
+    return model
+
+
+def _network(mixture, schedule, predicts):
+    def from_time(x, t):
+        t = t.double()
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        column = (-1, *[1] * (x.ndim - 1))
+        a, s = alpha.view(column), sigma.view(column)
+        eps, x0 = mixture.eps(x, alpha, sigma), mixture.x0(x, alpha, sigma)
+        if predicts == "flow":
+            return (schedule.dalpha(t).view(column) * x0 + schedule.dsigma(t).view(column) * eps).to(x.dtype)
+        return {"eps": eps, "x0": x0, "v": a * eps - s * x0, "score": -eps / s}[predicts].to(x.dtype)
+
+    def raw_edm(x, c_noise, data=0.5):  # Karras et al. 2022, table 1, solved for F
+        sigma = torch.exp(4 * c_noise.double())
+        total = (sigma**2 + data**2)[:, None]
+        x_hat = x * total**0.5
+        denoised = mixture.x0(x_hat, torch.ones_like(sigma), sigma)
+        return (denoised - data**2 / total * x_hat) * total**0.5 / (sigma[:, None] * data)
+
+    return raw_edm if predicts == "edm" else from_time

@@ -1,0 +1,81 @@
+"""Noise by counter: the published generator, standard normal numbers, and independence of whatever batch it is drawn in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+
+from samplers.noise import check_seed, philox, standard_normal
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_known_answers_of_random123(counter, key, expected):
+    words = tuple(torch.tensor([int(word, 16)]) for word in counter.split())
+    low, high = (int(word, 16) for word in key.split())
+    assert " ".join(f"{int(word):08x}" for word in philox(words, low | high << 32)) == expected
+
+
+def numbers(seed=0, indices=range(64), number=0, shape=(1024,), dtype=torch.float64):
+    return standard_normal(seed, torch.tensor(indices), number, shape, dtype)
+
+
+def test_numbers_are_standard_normal():
+    z = numbers().flatten().numpy()  # 65536 of them: four standard errors of each moment
+    for power, moment, error in ((1, 0.0, 1.0), (2, 1.0, 2**0.5), (3, 0.0, 15**0.5), (4, 3.0, 96**0.5)):
+        assert (z**power).mean() == pytest.approx(moment, abs=4 * error / len(z) ** 0.5)
+    assert stats.kstest(z, "norm").pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 1}, {"seed": 2**63}, {"number": 1}, {"indices": range(64, 128)}, {"indices": range(2**40, 2**40 + 64)}],
+)
+def test_streams_are_independent(other):
+    a, b = numbers().flatten(), numbers(**other).flatten()
+    assert abs(stats.pearsonr(a, b).statistic) < 4 / len(a) ** 0.5
+    assert abs(stats.pearsonr(a**2, b**2).statistic) < 4 / len(a) ** 0.5
+    assert len(torch.cat([a, b]).unique()) > 1.99 * len(a)
+
+
+def test_numbers_within_a_sample_are_independent():
+    z = numbers(indices=range(4096), shape=(32,))  # four neighbours share a counter
+    for values in (z, z**2):
+        assert torch.corrcoef(values.T).sub(torch.eye(32)).abs().max() < 5 / 4096**0.5
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("shape", [(5,), (3, 8, 8), ()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_sample_does_not_depend_on_its_batch(batch, shape, dtype):
+    together = numbers(indices=range(64), shape=shape, dtype=dtype)
+    assert together.shape == (64, *shape)
+    assert together.dtype == dtype
+    parts = [numbers(indices=range(i, min(i + batch, 64)), shape=shape, dtype=dtype) for i in range(0, 64, batch)]
+    assert torch.equal(torch.cat(parts), together)
+
+
+def test_order_of_indices_is_order_of_samples():
+    assert torch.equal(numbers(indices=[3, 1, 3]), numbers(indices=range(4))[[3, 1, 3]])
+
+
+def test_lower_precision_is_the_rounded_number():
+    assert torch.equal(numbers(dtype=torch.float32), numbers().float())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.0, "0", True, None])
+def test_bad_seeds(seed):
+    with pytest.raises(ValueError, match=r"seed must be an integer in \[0, 2\^64\), got"):
+        check_seed(seed)
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_good_seeds(seed):
+    assert check_seed(seed) == seed

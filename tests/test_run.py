@@ -1,0 +1,189 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from rich.console import Console
+
+from bench import run as bench_run
+from bench.cli import main
+from bench.report import write_results
+from bench.run import resolve, run_suite
+from bench.suite import Suite
+from bench.table import markdown, notes, winners
+from bench.zoo import load_model
+
+SUITE = Suite.model_validate(
+    {
+        "name": "tiny",
+        "model": "gmm",
+        "nfe": [2, 4],
+        "num_samples": 40,
+        "batch_size": 16,
+        "samplers": ["ddpm", "ddim", "heun"],
+        "teacher": {"sampler": "heun", "nfe": 20, "grid": "logsnr"},
+    }
+)
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def gmm():
+    return load_model("gmm")
+
+
+def measure(suite, model, out):
+    return run_suite(suite, model, out, "fp32", "cpu", QUIET)
+
+
+def values(rows):
+    return [(row["label"], row["budget"], row["role"], row.get("value")) for row in rows]
+
+
+def test_a_run_measures_every_cell_and_writes_its_files(gmm, tmp_path):
+    rows = measure(SUITE, gmm, tmp_path)
+    assert len(rows) == 3 * 2 + 1
+    assert all(row["status"] == "done" and row["low"] <= row["value"] <= row["high"] for row in rows)
+    assert all(row["nfe"] <= row["budget"] for row in rows)
+    write_results(SUITE, gmm, tmp_path, "fp32", "cpu", rows)
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert len(table) == len(rows)
+    assert np.allclose(table["value"], [row["value"] for row in rows])
+    assert {"plan_hash", "model_hash", "hashes_reference", "seed", "dtype", "seconds", "peak_memory_mb"} <= set(table)
+    made_with = json.loads((tmp_path / "provenance.json").read_text())
+    assert made_with["suite"]["num_samples"] == 40
+    assert made_with["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    with Image.open(tmp_path / "frontier.png") as picture:
+        assert picture.size[0] > 1000
+    assert len(list((tmp_path / "samples").glob("*.png"))) == len(rows)
+
+
+def test_a_finished_cell_is_not_measured_again(gmm, tmp_path, monkeypatch):
+    first = measure(SUITE, gmm, tmp_path)
+
+    def never(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(bench_run, "sample", never)
+    assert measure(SUITE, gmm, tmp_path) == first
+    with pytest.raises(AssertionError, match="measured again"):
+        measure(SUITE.changed(num_samples=41), gmm, tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_the_batch_size_changes_nothing(gmm, tmp_path, size):
+    reference = measure(SUITE, gmm, tmp_path / "a")
+    assert values(measure(SUITE.changed(batch_size=size), gmm, tmp_path / "b")) == values(reference)
+
+
+def test_a_budget_below_one_step_is_a_row_with_its_reason(gmm, tmp_path):
+    rows = measure(SUITE.changed(nfe=[1]), gmm, tmp_path)
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert [(row["label"], row["budget"]) for row in failed] == [("heun", 1)]
+    assert "nfe must be at least 2" in failed[0]["reason"]
+    assert "failed" in markdown(rows, 0.0, "t")
+    assert any("heun at 1: nfe must be" in note for note in notes(rows, 0.0))
+
+
+def test_a_network_that_fails_costs_its_own_cell_only_and_is_tried_again(gmm, tmp_path, monkeypatch):
+    calls = []
+
+    def sample(model, sampler, **options):
+        calls.append(sampler)
+        if sampler == "ddim":
+            raise bench_run.SamplingError("NaN or Inf in step 2")
+        return real(model, sampler, **options)
+
+    real = bench_run.sample
+    monkeypatch.setattr(bench_run, "sample", sample)
+    rows = measure(SUITE, gmm, tmp_path)
+    assert {row["label"] for row in rows if row["status"] == "failed"} == {"ddim"}
+    assert "NaN or Inf in step 2" in markdown(rows, 0.0, "t")
+    calls.clear()
+    measure(SUITE, gmm, tmp_path)
+    assert set(calls) == {"ddim"}
+
+
+def test_heun_reports_the_calls_it_used(gmm, tmp_path):
+    rows = measure(SUITE.changed(["heun"], nfe=[5]), gmm, tmp_path)
+    assert (rows[0]["nfe"], rows[0]["budget"]) == (4, 5)
+    assert any("heun 4 of 5" in note for note in notes(rows, 0.0))
+
+
+def test_an_error_controlled_sampler_is_a_row_too(gmm, tmp_path):
+    suite = SUITE.changed(["rk45"], nfe=[5, 400])
+    rows = measure(suite, gmm, tmp_path)
+    assert rows[0]["status"] == "failed"
+    assert "needs more than nfe=5" in rows[0]["reason"]
+    assert 5 < rows[1]["nfe"] <= 400
+
+
+def test_winners_are_the_smallest_of_each_budget():
+    rows = [
+        {"role": "sampler", "status": "done", "label": label, "budget": n, "value": v}
+        for label, n, v in [("a", 5, 2.0), ("b", 5, 1.0), ("a", 9, 0.5), ("b", 9, 0.7)]
+    ]
+    rows.append({"role": "teacher", "status": "done", "label": "t", "budget": 5, "value": 0.1})
+    rows.append({"role": "sampler", "status": "failed", "label": "c", "budget": 9})
+    assert winners(rows) == {5: "b", 9: "a"}
+
+
+def test_the_teacher_is_not_measured_twice_where_a_row_is_the_same_plan(gmm, tmp_path):
+    suite = SUITE.changed(["heun"], nfe=[20], teacher={"sampler": "heun", "nfe": 20, "label": "many"})
+    rows = measure(suite, gmm, tmp_path)
+    assert [row["role"] for row in rows] == ["sampler", "teacher"]
+    assert rows[0]["measured_at"] == rows[1]["measured_at"]
+    assert len(list((tmp_path / "cells").iterdir())) == 1
+
+
+def test_resolve_puts_the_teacher_last(gmm):
+    cells = resolve(SUITE, gmm)
+    assert [cell.role for cell in cells] == ["sampler"] * 6 + ["teacher"]
+    assert [cell.nfe for cell in cells] == [2, 2, 2, 4, 4, 4, 20]
+
+
+COMMAND = [
+    sys.executable,
+    "-m",
+    "bench",
+    "bench",
+    "gmm",
+    "--num-samples",
+    "400",
+    "--batch-size",
+    "20",
+    "--nfe",
+    "5,10,20,40,80",
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, number):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [*COMMAND, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while len(list((out / "cells").glob("*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    message = process.communicate(timeout=60)[1]
+    before = {path: path.stat().st_mtime_ns for path in (out / "cells").glob("*.json")}
+    assert 2 <= len(before) < 31
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert number == signal.SIGKILL or "the same command goes on from there" in message
+    assert not (out / "table.csv").exists()
+    quick = [*COMMAND[3:], "--samplers", "ddpm,ddim", "--nfe", "5", "--out"]
+    for folder in (out, tmp_path / "whole"):
+        assert CliRunner().invoke(main, [*quick, str(folder)]).exit_code == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    columns = ["label", "budget", "nfe", "value", "low", "high"]
+    resumed, whole = (pd.read_csv(folder / "table.csv")[columns] for folder in (out, tmp_path / "whole"))
+    pd.testing.assert_frame_equal(resumed, whole)

@@ -1,0 +1,78 @@
+import pytest
+import yaml
+
+from bench.suite import load_suite, suite_names
+
+BASE = {
+    "name": "tiny",
+    "model": "gmm",
+    "nfe": [4, 2],
+    "num_samples": 20,
+    "samplers": ["ddim", {"sampler": "euler", "label": "euler-vp", "options": {"variable": "t"}}],
+    "teacher": {"sampler": "heun", "nfe": 10},
+}
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**BASE, **changes}))
+    return str(path)
+
+
+def test_every_shipped_suite_loads():
+    assert {"gmm", "mnist"} <= set(suite_names())
+    for name in suite_names():
+        assert load_suite(name).name == name
+
+
+def test_default_suite_is_the_six_samplers_at_four_budgets():
+    suite = load_suite("mnist")
+    assert [spec.label for spec in suite.samplers] == ["ddpm", "ddim", "euler-vp", "heun", "dpm-solver-3s", "dpmpp-2m"]
+    assert suite.nfe == (5, 10, 20, 40)
+    assert suite.num_samples >= 500
+
+
+def test_a_file_is_read_and_budgets_are_sorted(tmp_path):
+    suite = load_suite(write(tmp_path))
+    assert suite.nfe == (2, 4)
+    assert [spec.label for spec in suite.samplers] == ["ddim", "euler-vp"]
+    assert suite.samplers[1].options == {"variable": "t"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nfes": [3]}, r"tiny\.yaml: nfes: Extra inputs"),
+        ({"nfe": []}, r"tiny\.yaml: nfe: "),
+        ({"nfe": [0]}, "nfe: must be at least 1, got 0"),
+        ({"num_samples": 1}, "num_samples"),
+        ({"num_samples": "many"}, "num_samples"),
+        ({"samplers": ["dimd"]}, "unknown sampler 'dimd'; did you mean 'ddim'"),
+        ({"samplers": [{"sampler": "ddim", "options": {"etta": 1}}]}, "unknown option .* 'etta'; did you mean 'eta'"),
+        ({"samplers": ["ddim", "ddim"]}, "label 'ddim' stands for two rows"),
+        ({"teacher": {"sampler": "heun"}}, "teacher.nfe"),
+    ],
+)
+def test_a_bad_file_names_file_and_field(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load_suite(write(tmp_path, **changes))
+
+
+def test_not_yaml_and_unknown_names(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load_suite(str(path))
+    with pytest.raises(ValueError, match="unknown suite 'mnits'; did you mean 'mnist'"):
+        load_suite("mnits")
+
+
+def test_changed_selects_rows_by_label_or_registered_name(tmp_path):
+    suite = load_suite(write(tmp_path)).changed(["euler-vp", "dpmpp-2m", "euler-vp"], nfe=[7], num_samples=None)
+    assert [(spec.label, spec.sampler) for spec in suite.samplers] == [("euler-vp", "euler"), ("dpmpp-2m", "dpmpp-2m")]
+    assert suite.nfe == (7,)
+    assert suite.num_samples == 20
+    with pytest.raises(ValueError, match="unknown sampler 'huen'; did you mean 'heun'"):
+        suite.changed(["huen"])
+    with pytest.raises(ValueError, match="suite 'tiny': num_samples"):
+        suite.changed(num_samples=0)
