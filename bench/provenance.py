@@ -39,7 +39,6 @@ def provenance(suite: Suite, model: BenchModel, dtype: str, device: str, rows: S
         "commit": _commit(),
         "dtype": dtype,
         "device": _device_name(device),
-        "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("fewstep", "torch", "numpy", "scipy", "diffusers")},

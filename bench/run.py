@@ -170,6 +170,7 @@ def _outcome(cell: Cell, suite: Suite, model: BenchModel, device: str, out: Path
         "seconds": round(seconds, 3),
         "images_per_second": round(suite.num_samples / seconds, 2),
         "peak_memory_mb": peak_memory_mb(device),
+        "threads": torch.get_num_threads(),
         "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

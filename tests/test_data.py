@@ -73,7 +73,7 @@ def edm_zip(folder: Path, images: np.ndarray) -> Path:
     with zipfile.ZipFile(file, "w") as archive:
         for name in sorted(root.rglob("*.*"), reverse=True):
             archive.write(name, name.relative_to(root).as_posix())
-        archive.writestr("__MACOSX/00000/._img00000000.png", b"a copy that macOS adds")
+        archive.writestr("__MACOSX/img00000000.png", b"a copy that macOS adds")
     return file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -30,8 +31,12 @@ def network(schedule):
     """`MIXTURE.net(schedule)` for a time that all samples share, in NumPy: eight times faster on eight samples."""
     means, variances, log_weights = MIXTURE.means.numpy(), MIXTURE.residual.numpy(), MIXTURE.weights.log().numpy()
 
+    @functools.cache
+    def levels(t):
+        return float(schedule.alpha(t)), float(schedule.sigma(t))
+
     def eps(x, t):
-        alpha, sigma = (float(f(t[0].item())) for f in (schedule.alpha, schedule.sigma))
+        alpha, sigma = levels(t[0].item())
         total = alpha**2 * variances + sigma**2
         away = x.numpy()[:, None] - alpha * means
         joint = log_weights - np.log(total) - 0.5 * (away**2).sum(2) / total
@@ -121,7 +126,7 @@ def test_order_of_convergence(problems, on, grid, name, options):
     )
 
 
-@pytest.mark.parametrize("name", ["ddim", "heun", "dpm-solver-3s", "dpmpp-2m"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp-2m", "dpm-solver-3s"])
 def test_one_percent_on_one_coefficient_breaks_the_order(problems, name):
     def plan_of(n):
         plan = make_plan(name, VP, steps=n, grid="logsnr")
@@ -255,9 +260,9 @@ def test_half_the_noise_misses_the_variance():
 
 @pytest.mark.parametrize(("name", "options"), SAMPLERS_OF_THE_MARGINALS)
 def test_samples_of_the_mixture_have_its_moments(name, options):
-    n, variance = 4096, MIXTURE.covariance().diag().max()
+    n, variance = 2048, MIXTURE.covariance().diag().max()
     x_T = torch.randn(n, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = sample(EpsModel(network(VP), VP), name, x_T=x_T, steps=150, grid="logsnr", seed=5, **options)
+    x = sample(EpsModel(network(VP), VP), name, x_T=x_T, steps=100, grid="logsnr", seed=5, **options)
     assert (x.mean(0) - MIXTURE.mean()).abs().max() < 4 * (variance / n) ** 0.5
     assert (x.T.cov() - MIXTURE.covariance()).abs().max() < 4 * variance * (2 / n) ** 0.5
 

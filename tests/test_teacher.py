@@ -304,6 +304,12 @@ def test_images_and_labels_that_do_not_fit_are_refused(
     assert not any(tmp_path.iterdir())
 
 
+def test_the_first_weights_depend_on_the_seed(tmp_path: Path) -> None:
+    first, again, other = (Trainer(config(seed=seed), tmp_path).network.unet.conv_in.weight for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_building_a_trainer_leaves_the_global_random_numbers_alone(tmp_path: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)

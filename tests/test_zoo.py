@@ -1,0 +1,103 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from bench.metrics import frechet_distance
+from bench.ship_teacher import Verdict
+from bench.zoo import TEACHER, default_dtype, load_model
+from distill.checkpoint import CheckpointError
+from samplers import sample
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return load_model("mnist", dtype="fp32")
+
+
+def digits(model, indices, **options):
+    shape = (len(indices), *model.shape)
+    return sample(model.model, "dpmpp-2m", shape=shape, indices=indices, cond=model.cond(indices), **options)
+
+
+def test_the_shipped_model_draws_the_digits_it_is_asked_for(mnist):
+    indices = torch.arange(100)
+    samples = digits(mnist, indices, nfe=6)
+    assert samples.shape == (100, 1, 28, 28)
+    agreement = np.mean(mnist.judge.classify(samples) == np.arange(100) % 10)
+    assert agreement >= 0.9
+    shuffled = digits(mnist, indices, nfe=6, seed=1)
+    assert not torch.equal(samples, shuffled)
+
+
+@pytest.mark.parametrize("size", [1, 7, 20])
+def test_a_digit_is_the_same_in_any_batch(mnist, size):
+    whole = digits(mnist, torch.arange(20), nfe=4)
+    parts = torch.cat([digits(mnist, indices, nfe=4) for indices in torch.arange(20).split(size)])
+    assert (whole - parts).abs().max() < 1e-5
+
+
+def test_bf16_changes_the_digits_little(mnist):
+    half = load_model("mnist", dtype="bf16")
+    indices = torch.arange(20)
+    difference = (digits(half, indices, nfe=6) - digits(mnist, indices, nfe=6)).abs()
+    assert 0 < difference.mean() < 0.02
+
+
+def test_the_floor_is_that_of_the_two_splits_and_distances_have_their_names(mnist):
+    assert mnist.judge.metric == "fd_mnist_cnn"
+    assert 0 < mnist.judge.floor < 0.3
+    assert frechet_distance(mnist.judge.reference.moments, mnist.judge.reference) < 1e-8
+    assert load_model("gmm").judge.metric == "frechet"
+
+
+def test_the_shipped_files_are_small():
+    assert sum(path.stat().st_size for path in TEACHER.parent.rglob("*") if path.is_file()) < 6e6
+
+
+def test_unknown_names_and_dtypes():
+    with pytest.raises(ValueError, match="unknown model 'minst'; did you mean 'mnist'"):
+        load_model("minst")
+    with pytest.raises(ValueError, match="unknown dtype 'bf61'; did you mean 'bf16'"):
+        load_model("mnist", dtype="bf61")
+    assert default_dtype("cpu") in ("fp32", "bf16")
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return shutil.copytree(TEACHER, tmp_path / "model")
+
+
+def test_a_folder_is_the_same_model_under_its_path(mnist, copy):
+    other = load_model(str(copy))
+    assert other.hash == mnist.hash
+    assert other.name == str(copy)
+
+
+def test_damaged_folders_are_refused(copy):
+    weights = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_model(str(copy))
+    (copy / "model.safetensors").write_bytes(weights)
+    config = json.loads((copy / "config.json").read_text())
+    config["network"]["widths"] = [64, 96]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="another architecture"):
+        load_model(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "message"),
+    [
+        (Verdict(1.0, 5.0, 0.4, 0.96), "label agreement 0.960 is below 0.97"),
+        (Verdict(1.3, 6.0, 0.4, 0.99), "above 3 x 0.400 of real images"),
+        (Verdict(1.0, 3.9, 0.4, 0.99), "above a quarter of 3.900"),
+        (Verdict(1.0, 5.0, 0.4, 0.99), None),
+    ],
+)
+def test_the_bar_for_shipping(verdict, message):
+    assert len(verdict.problems) == (message is not None)
+    assert message is None or message in verdict.problems[0]
