@@ -123,7 +123,7 @@ class _Run:
             self.values[step.dst] = out.clone() if shared else out
         else:
             value = torch.mul(out, by_out, out=self._buffer())
-            self.values[step.dst] = value.add_(x, alpha=by_x) if by_x else value
+            self.values[step.dst] = value.add_(x, alpha=by_x) if by_x else value  # type: ignore[arg-type]  # both floats
             self.owned[step.dst] = True
         self._release(step.dead)
 
@@ -193,6 +193,7 @@ def sample_indices(indices: Tensor | None, batch: int) -> Tensor:
 
 
 def check_start(model: EpsModel, x_T: Tensor) -> None:
+    """Raise TypeError or ValueError where x_T is not a state that the model's network can take."""
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
         raise TypeError(
             f"x_T must be a floating-point tensor (B, ...), got {getattr(x_T, 'dtype', type(x_T).__name__)}"

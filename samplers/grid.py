@@ -13,11 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from samplers.errors import unknown
 from samplers.schedule import Discrete, Schedule
 
 Points = Callable[[Schedule, int], np.ndarray]
+Nodes = Sequence[float] | np.ndarray | Tensor
 FINALS = ("t_min", "zero", "denoise")
 _RANGE_TOLERANCE = 1e-6
 _TRAINING_STEPS = 1000
@@ -42,8 +44,8 @@ def logsnr(schedule: Schedule, n: int) -> np.ndarray:
 def karras(schedule: Schedule, n: int, rho: float = 7.0) -> np.ndarray:
     """Uniform in `sigma_bar^(1/rho)` (Karras et al. 2022, arXiv:2206.00364, equation 5)."""
     _finite_start(schedule, "karras")
-    ends = [schedule.sigma_bar(t) ** (1 / rho) for t in (schedule.t_max, schedule.t_min)]
-    return schedule.t_of_lam(-rho * np.log(np.linspace(*ends, n)))
+    start, end = (schedule.sigma_bar(t) ** (1 / rho) for t in (schedule.t_max, schedule.t_min))
+    return schedule.t_of_lam(-rho * np.log(np.linspace(start, end, n)))
 
 
 def sgm(schedule: Schedule, n: int) -> np.ndarray:
@@ -184,7 +186,7 @@ def make_grid(schedule: Schedule, grid: str | Points, steps: int, final: str | N
     return Grid(schedule, t)
 
 
-def from_timesteps(schedule: Schedule, timesteps: Sequence[float] | np.ndarray) -> Grid:
+def from_timesteps(schedule: Schedule, timesteps: Nodes) -> Grid:
     """A grid from explicit times in the schedule's own time, end included.
 
     Raises:
@@ -195,7 +197,7 @@ def from_timesteps(schedule: Schedule, timesteps: Sequence[float] | np.ndarray) 
     return Grid(schedule, _within(schedule, t, "timesteps"))
 
 
-def from_sigmas(schedule: Schedule, sigmas: Sequence[float] | np.ndarray) -> Grid:
+def from_sigmas(schedule: Schedule, sigmas: Nodes) -> Grid:
     """A grid from explicit values of `sigma_bar = sigma / alpha`, end included; the last may be 0, which is clean data.
 
     Raises:

@@ -129,7 +129,8 @@ class EpsModel:
             cond: passed to the network.
 
         Raises:
-            ValueError: the network cannot give `kind` at this time (epsilon-prediction where alpha = 0), or it returned another shape.
+            ValueError: the network cannot give `kind` at this time (epsilon-prediction where alpha = 0), or it returned
+                another shape.
         """
         affine = self._affine(kind, t, alpha, sigma)
         if float("inf") in (abs(affine.x), abs(affine.out)):
@@ -155,7 +156,7 @@ class EpsModel:
         return affine.out * out if _is_zero(affine.x) else affine.x * x + affine.out * out
 
     def _affine(self, kind: str, t: Scalar, alpha: Scalar, sigma: Scalar) -> Affine:
-        dalpha, dsigma = (self.schedule.dalpha(t), self.schedule.dsigma(t)) if self.predicts == "flow" else (0.0, 0.0)
+        dalpha, dsigma = self._slopes(t) if self.predicts == "flow" else (0.0, 0.0)
         eps, x0 = _eps_and_x0(self.predicts, alpha, sigma, dalpha, dsigma, self.sigma_data)
         if kind == "v":
             if self.predicts == "v":
@@ -164,6 +165,11 @@ class EpsModel:
             parts = [(alpha, eps), (-sigma, x0)]
             return Affine(*(sum(f * getattr(a, field) for f, a in parts if not _is_zero(f)) for field in ("x", "out")))
         return eps if kind == "eps" else x0
+
+    def _slopes(self, t: Scalar) -> tuple[Scalar, Scalar]:
+        if isinstance(t, Tensor):
+            return self.schedule.dalpha(t), self.schedule.dsigma(t)
+        return float(self.schedule.dalpha(t)), float(self.schedule.dsigma(t))
 
     def _call(self, x: Tensor, times: Tensor, alpha: Scalar, sigma: Scalar, cond: Mapping[str, Any]) -> Tensor:
         state = x

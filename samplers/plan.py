@@ -233,8 +233,8 @@ def _number(value: Any, path: str) -> float:
 def _instruction(item: _Reader) -> Instruction:
     op = item.choice("op", ("evaluate", "combine"))
     if op == "evaluate":
-        numbers = (item.number(name) for name in ("t", "alpha", "sigma"))
-        return Evaluate(item.get("dst", str), item.get("src", str), *numbers, item.choice("kind", KINDS))
+        t, alpha, sigma = (item.number(name) for name in ("t", "alpha", "sigma"))
+        return Evaluate(item.get("dst", str), item.get("src", str), t, alpha, sigma, item.choice("kind", KINDS))
     terms = []
     for j, term in enumerate(item.get("terms", list)):
         path = f"{item.at('terms')}[{j}]"

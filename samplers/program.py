@@ -77,7 +77,7 @@ def lower(instructions: tuple[Instruction, ...]) -> Program:
     for i, step in enumerate(instructions):
         if isinstance(step, Evaluate):
             number[step.dst] = len(number)
-            dead = (number[step.src],) if last[step.src] == i else ()
+            dead: tuple[int, ...] = (number[step.src],) if last[step.src] == i else ()
             code.append(Call(number[step.dst], number[step.src], step.t, step.alpha, step.sigma, step.kind, dead))
             continue
         drawn = [name for name, _ in step.terms if name not in number]

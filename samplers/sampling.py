@@ -11,7 +11,7 @@ from torch import Tensor
 
 from samplers.adaptive import integrate
 from samplers.execute import Callback, NoiseSource, check_start, run_plan, sample_indices
-from samplers.grid import Grid, Points, from_sigmas, from_timesteps, make_grid, points_of
+from samplers.grid import Grid, Nodes, Points, from_sigmas, from_timesteps, make_grid, points_of
 from samplers.model import EpsModel
 from samplers.noise import check_seed, standard_normal
 from samplers.plan import Plan
@@ -19,7 +19,6 @@ from samplers.registry import Sampler, get_sampler
 from samplers.schedule import Schedule
 from samplers.solvers.exponential import mixed_orders
 
-Nodes = Sequence[float] | np.ndarray | Tensor
 _UNIFORM_IN_LAM = ("logsnr", "exponential")
 
 

@@ -12,7 +12,8 @@ sign of z and the roles of alpha and sigma differ. A step to sigma = 0 has h inf
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from samplers.plan import Plan
 _SERIES_BELOW = 0.5
 _SERIES_TERMS = 14
 _SOLVER_TYPES = ("midpoint", "heun", "taylor")
+_Writer = Callable[[int, str, str], str]  # (step, state, its output) -> the state at the end of the step
 
 
 def psi(k: int, z: np.ndarray) -> np.ndarray:
@@ -46,9 +48,9 @@ class _Steps:
     """Per-step quantities of an exponential integrator, vectorised over the grid, as lists of floats.
 
     Attributes:
+        sign: 1 for eps, -1 for x0: the argument of psi is `sign * h`.
         h: step lengths in lam; 1 where the true one is infinite, which no formula uses.
-        z: h or -h, the argument of psi.
-        scale: sigma' (eps) or alpha' (x0).
+        scale: sigma' (eps) or alpha' (x0), the factor on the psi terms.
     """
 
     def __init__(self, grid: Grid, prediction: str) -> None:
@@ -76,13 +78,14 @@ class _Steps:
         return _Inner(t.tolist(), alpha.tolist(), sigma.tolist(), state.tolist(), scale.tolist())
 
 
-class _Inner:
+class _Inner(NamedTuple):
     """Points inside the steps: time, alpha, sigma, factor on the state at the step's start, scale of the psi terms."""
 
-    def __init__(
-        self, t: list[float], alpha: list[float], sigma: list[float], state: list[float], scale: list[float]
-    ) -> None:
-        self.t, self.alpha, self.sigma, self.state, self.scale = t, alpha, sigma, state, scale
+    t: list[float]
+    alpha: list[float]
+    sigma: list[float]
+    state: list[float]
+    scale: list[float]
 
     def evaluate(self, p: Draft, src: str, i: int) -> str:
         return p.evaluate_at(src, self.t[i], self.alpha[i], self.sigma[i])
@@ -126,7 +129,7 @@ def singlestep(
     return p.plan()
 
 
-def _second_order(p: Draft, s: _Steps, fractions: tuple[float, ...], solver_type: str):  # type: ignore[no-untyped-def]
+def _second_order(p: Draft, s: _Steps, fractions: tuple[float, ...], solver_type: str) -> _Writer:
     r1 = fractions[0]
     mid, psi_mid, psi_1 = s.inner(r1), s.psi(1, r1), s.psi(1)
     second = [0.5 * value for value in psi_1] if solver_type == "midpoint" else s.psi(2)
@@ -140,7 +143,7 @@ def _second_order(p: Draft, s: _Steps, fractions: tuple[float, ...], solver_type
     return write
 
 
-def _third_order(p: Draft, s: _Steps, fractions: tuple[float, ...], solver_type: str):  # type: ignore[no-untyped-def]
+def _third_order(p: Draft, s: _Steps, fractions: tuple[float, ...], solver_type: str) -> _Writer:
     r1, r2 = fractions
     near, far = s.inner(r1), s.inner(r2)
     psi_near, psi_far, psi_far2, psi_1, psi_2, psi_3 = (
@@ -185,9 +188,11 @@ def multistep(
         grid: the nodes.
         prediction: "eps" or "x0".
         solver_type: "midpoint", `psi_1 / 2` on the difference; "heun" or "taylor" (the same), `psi_2`.
-        lower_order_final: whether the last step is first order: True, False, or an int n for "where there are fewer than n steps".
+        lower_order_final: whether the last step is first order; an int n means "where there are fewer than n steps".
     """
     _check_solver_type(solver_type)
+    if not isinstance(lower_order_final, int) or lower_order_final < 0:
+        raise ValueError(f"lower_order_final must be True, False or a step count, got {lower_order_final!r}")
     p, s = Draft(grid, prediction), _Steps(grid, prediction)
     psi_1 = s.psi(1)
     second = [0.5 * value for value in psi_1] if solver_type == "midpoint" else s.psi(2)
