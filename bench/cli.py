@@ -88,16 +88,16 @@ def _measure(suite: Any, folder: Path, device: str, dtype: str) -> None:
     model = load_model(suite.model, device, dtype)
     console.print(
         f"suite {suite.name}: {len(suite.samplers)} samplers x {len(suite.nfe)} budgets x {suite.num_samples} samples, "
-        f"model {model.name}, {dtype} on {device}, {torch.get_num_threads()} threads -> {folder}",
+        f"model {model.name}, {model.dtype} on {device}, {torch.get_num_threads()} threads -> {folder}",
         soft_wrap=True,
         highlight=False,
     )
     try:
-        rows = run_suite(suite, model, folder, dtype, device, console)
+        rows = run_suite(suite, model, folder, device, console)
     except KeyboardInterrupt:
         click.echo(f"\nstopped; finished cells are kept in {folder}, and the same command goes on from there", err=True)
         raise SystemExit(_INTERRUPTED) from None
-    title = write_results(suite, model, folder, dtype, device, rows)
+    title = write_results(suite, model, folder, device, rows)
     console.print(terminal(rows, model.judge.floor, title))
     console.print(f"table, plot and pictures: {folder}", highlight=False, soft_wrap=True)
 

@@ -28,7 +28,7 @@ def peak_memory_mb(device: str) -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
-def provenance(suite: Suite, model: BenchModel, dtype: str, device: str, rows: Sequence[Row]) -> Row:
+def provenance(suite: Suite, model: BenchModel, device: str, rows: Sequence[Row]) -> Row:
     """What a reader needs to repeat the run: the resolved suite, hashes, versions, machine, time and memory."""
     done = [row for row in rows if row["status"] == "done"]
     return {
@@ -37,7 +37,7 @@ def provenance(suite: Suite, model: BenchModel, dtype: str, device: str, rows: S
         "hashes": model.judge.hashes,
         "code": code_fingerprint(),
         "commit": _commit(),
-        "dtype": dtype,
+        "dtype": model.dtype,
         "device": _device_name(device),
         "platform": platform.platform(),
         "python": platform.python_version(),

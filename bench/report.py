@@ -14,13 +14,11 @@ from bench.table import frame, markdown
 from bench.zoo import BenchModel
 
 
-def write_results(
-    suite: Suite, model: BenchModel, out: Path, dtype: str, device: str, rows: list[dict[str, Any]]
-) -> str:
+def write_results(suite: Suite, model: BenchModel, out: Path, device: str, rows: list[dict[str, Any]]) -> str:
     """Write the files of a finished run into `out`; returns the title they carry."""
-    title = f"{model.name}: {model.judge.metric}, {suite.num_samples} samples, {dtype}"
+    title = f"{model.name}: {model.judge.metric}, {suite.num_samples} samples, {model.dtype}"
     write_text(out / "table.csv", frame(rows).to_csv(index=False))
     write_text(out / "table.md", markdown(rows, model.judge.floor, title))
-    write_text(out / "provenance.json", json.dumps(provenance(suite, model, dtype, device, rows), indent=1) + "\n")
+    write_text(out / "provenance.json", json.dumps(provenance(suite, model, device, rows), indent=1) + "\n")
     save_frontier(rows, model.judge.floor, title, out / "frontier.png")
     return title

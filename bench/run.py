@@ -76,14 +76,13 @@ def _cell(model: BenchModel, spec: SamplerSpec, nfe: int, role: str) -> Cell:
     return Cell(spec, nfe, role, plan)
 
 
-def run_suite(suite: Suite, model: BenchModel, out: Path, dtype: str, device: str, console: Console) -> list[Row]:
+def run_suite(suite: Suite, model: BenchModel, out: Path, device: str, console: Console) -> list[Row]:
     """Measure every cell that is not yet in `out`, and return all rows.
 
     Args:
         suite: what to measure.
-        model: loaded on `device` in `dtype`.
+        model: loaded on `device`.
         out: results folder; `cells/` holds what is finished, `samples/` a picture of each cell.
-        dtype: of the network, recorded in each row.
         device: of the network, recorded in each row.
         console: where progress is shown.
 
@@ -102,7 +101,7 @@ def run_suite(suite: Suite, model: BenchModel, out: Path, dtype: str, device: st
         for number, cell in enumerate(cells, 1):
             title = f"[{number}/{len(cells)}] {cell.spec.label} at {cell.nfe} calls"
             progress.update(task, description=title)
-            identity = _identity(cell, suite, model, dtype, device)
+            identity = _identity(cell, suite, model, device)
             record = store.get(key_of(identity))
             if record is None:
                 record = {**identity, **_outcome(cell, suite, model, device, out, lambda n: progress.advance(task, n))}
@@ -125,7 +124,7 @@ def _line(title: str, row: Row) -> str:
     )
 
 
-def _identity(cell: Cell, suite: Suite, model: BenchModel, dtype: str, device: str) -> Row:
+def _identity(cell: Cell, suite: Suite, model: BenchModel, device: str) -> Row:
     """Everything that makes the cell's number what it is; a change in any of it is another cell."""
     plan_hash = hashlib.sha256(cell.plan.to_json().encode()).hexdigest()[:16] if cell.plan else ""
     return {
@@ -133,7 +132,7 @@ def _identity(cell: Cell, suite: Suite, model: BenchModel, dtype: str, device: s
         "model_hash": model.hash,
         "sampler": cell.spec.sampler,
         "options": dict(cell.spec.options),
-        "grid": cell.spec.grid or get_sampler(cell.spec.sampler).grid,
+        "grid": cell.spec.grid or get_sampler(cell.spec.sampler).grid_on(model.model.schedule),
         "final": cell.spec.final or "",
         "budget": cell.nfe,
         "plan_hash": plan_hash,
@@ -141,7 +140,7 @@ def _identity(cell: Cell, suite: Suite, model: BenchModel, dtype: str, device: s
         "seed": suite.seed,
         "metric": model.judge.metric,
         "hashes": dict(model.judge.hashes),
-        "dtype": dtype,
+        "dtype": model.dtype,
         "device": torch.device(device).type,
         "torch": torch.__version__,
         "code": code_fingerprint(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,8 @@ def notes(rows: Sequence[Row], floor: float) -> list[str]:
     for row in rows:
         if row["role"] == "teacher" and row["status"] == "done":
             lines.append(f"The model itself ({row['label']}, {row['nfe']} calls): {_value(row)}.")
-    lines.append(f"Floor, real test set against training statistics: {floor:.3g}.")
+    if floor > 0:
+        lines.append(f"Floor, real test set against training statistics: {floor:.3g}.")
     fewer = sorted(
         {(row["label"], row["budget"], row["nfe"]) for row in _measured(rows) if row["nfe"] != row["budget"]}
     )
@@ -95,8 +97,9 @@ def _layout(rows: Sequence[Row]) -> tuple[list[str], list[int], dict[tuple[str, 
 
 
 def _value(row: Row) -> str:
+    """The distance and half its interval, to the digit where the interval has its second."""
     half = 0.5 * (row["high"] - row["low"])
-    digits = 1 if row["value"] >= 100 else 2 if row["value"] >= 1 else 3
+    digits = max(0, 1 - math.floor(math.log10(half))) if half > 0 else 3
     return f"{row['value']:.{digits}f} +- {half:.{digits}f}"
 
 

@@ -55,6 +55,7 @@ class BenchModel:
         model: the epsilon-model.
         shape: of one sample.
         classes: number of labels; 0 for an unconditional model.
+        dtype: the network computes in, "fp32" or "bf16".
         judge: how its samples are judged.
     """
 
@@ -63,6 +64,7 @@ class BenchModel:
     model: EpsModel
     shape: tuple[int, ...]
     classes: int
+    dtype: str
     judge: Judge
 
     @property
@@ -81,7 +83,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "fp32") -> BenchMode
     Args:
         name: "mnist", "gmm", or a path to a checkpoint folder of 28 x 28 digits.
         device: of torch.
-        dtype: "fp32" or "bf16", the network's; states and coefficients stay in float32 (float64 for "gmm").
+        dtype: "fp32" or "bf16", the network's; states stay in float32. "gmm" has no network and ignores it.
 
     Raises:
         ValueError: an unknown name or dtype.
@@ -115,7 +117,7 @@ def _digits(name: str, folder: Path, device: str, dtype: str) -> BenchModel:
     network = checkpoint.network.to(device, DTYPES[dtype])
     net = partial(_in_dtype, network, DTYPES[dtype])
     model = EpsModel(net, checkpoint.schedule, predicts=checkpoint.predicts)
-    return BenchModel(name, digest, model, network.shape, network.classes, _digit_judge(device))
+    return BenchModel(name, digest, model, network.shape, network.classes, dtype, _digit_judge(device))
 
 
 def _in_dtype(network: PatchUNet, dtype: torch.dtype, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
@@ -138,13 +140,13 @@ def _digit_judge(device: str) -> Judge:
 
 
 def _gmm(device: str, dtype: str) -> BenchModel:
-    """The two-dimensional mixture with exact epsilon, in float64, judged against its exact moments."""
+    """The two-dimensional mixture with exact epsilon, in float32 always, judged against its exact moments."""
     mixture = GaussianMixture.random(dim=2, components=5, seed=0)
     schedule = schedules.vp_linear()
     moments = Moments.of_mixture(mixture)
     judge = Judge("frechet", _flat, FrechetReference(moments), 0.0, {"reference": moments_hash(moments)})
     digest = content_hash({"means": mixture.means, "weights": mixture.weights})
-    return BenchModel("gmm", digest, EpsModel(mixture.net(schedule), schedule), mixture.shape, 0, judge)
+    return BenchModel("gmm", digest, EpsModel(mixture.net(schedule), schedule), mixture.shape, 0, "fp32", judge)
 
 
 def _flat(samples: Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 from samplers.errors import unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
+from samplers.schedule import Schedule
 from samplers.solvers.exponential import multistep, singlestep
 from samplers.solvers.first_order import ddim, ddpm, euler, euler_ancestral, heun
 
@@ -58,6 +59,10 @@ class Sampler:
         """Whether it chooses its steps by an error estimate while sampling."""
         return self.build is None
 
+    def grid_on(self, schedule: Schedule) -> str:
+        """The recommended grid; "uniform" where that is spaced in log-SNR and the schedule starts at alpha = 0."""
+        return self.grid if schedule.alpha(schedule.t_max) > 0 else "uniform"
+
     def plan(self, grid: Grid, **options: Any) -> Plan:
         """The plan on a grid, under this sampler's name."""
         if self.build is None:
@@ -93,7 +98,7 @@ _TABLE = (
     Sampler("ddim", ddim, "ddim", 1, "eta", 1, "uniform", _DDIM),
     Sampler("euler", euler, "euler", 1, "no", 1, "uniform", _EDM),
     Sampler("euler-ancestral", euler_ancestral, "euler", 1, "eta", 1, "uniform", _KDIFF),
-    Sampler("heun", heun, "heun", 2, "no", 2, "uniform", _EDM),
+    Sampler("heun", heun, "heun", 2, "no", 2, "karras", _EDM),
     Sampler("dpm-solver-1", _FIRST, "dpm-solver", 1, "no", 1, "logsnr", _DPM),
     Sampler("dpm-solver-2s", _SECOND, "dpm-solver", 2, "no", 2, "logsnr", _DPM, mixed_orders=True),
     Sampler("dpm-solver-3s", _THIRD, "dpm-solver", 3, "no", 3, "logsnr", _DPM, mixed_orders=True),

@@ -156,7 +156,7 @@ def _nodes(
         return from_timesteps(schedule, timesteps), options
     if sigmas is not None:
         return from_sigmas(schedule, sigmas), options
-    grid = entry.grid if grid is None else grid
+    grid = entry.grid_on(schedule) if grid is None else grid
     if nfe is None or entry.adaptive:
         return make_grid(schedule, grid, int(steps or 1), final), options
     return _budgeted(entry, schedule, int(nfe), grid, final, options)

@@ -40,7 +40,7 @@ def gmm():
 
 
 def measure(suite, model, out):
-    return run_suite(suite, model, out, "fp32", "cpu", QUIET)
+    return run_suite(suite, model, out, "cpu", QUIET)
 
 
 def values(rows):
@@ -52,7 +52,7 @@ def test_a_run_measures_every_cell_and_writes_its_files(gmm, tmp_path):
     assert len(rows) == 3 * 2 + 1
     assert all(row["status"] == "done" and row["low"] <= row["value"] <= row["high"] for row in rows)
     assert all(row["nfe"] <= row["budget"] for row in rows)
-    write_results(SUITE, gmm, tmp_path, "fp32", "cpu", rows)
+    write_results(SUITE, gmm, tmp_path, "cpu", rows)
     table = pd.read_csv(tmp_path / "table.csv")
     assert len(table) == len(rows)
     assert np.allclose(table["value"], [row["value"] for row in rows])
