@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,8 @@ def schedule(request):
 
 @pytest.fixture(scope="session")
 def mixture():
-    return GaussianMixture.random(dim=2, components=3, seed=0)
+    centred = GaussianMixture.random(dim=2, components=3, seed=0)
+    return replace(centred, means=centred.means + torch.tensor([0.5, -0.3]))  # a mean of 0 would hide terms
 
 
 @pytest.fixture(scope="session")

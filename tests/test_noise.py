@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -25,6 +27,15 @@ def test_known_answers_of_random123(counter, key, expected):
 
 def numbers(seed=0, indices=range(64), number=0, shape=(1024,), dtype=torch.float64):
     return standard_normal(seed, torch.tensor(indices), number, shape, dtype)
+
+
+def test_numbers_are_box_mullers():
+    words = [(word + 0.5) / 2**32 for word in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)]  # of counter 0, key 0
+    radius = [math.sqrt(-2 * math.log(word)) for word in words[:2]]
+    angle = [2 * math.pi * word for word in words[2:]]
+    expected = [r * math.cos(a) for r, a in zip(radius, angle, strict=True)]
+    expected += [r * math.sin(a) for r, a in zip(radius, angle, strict=True)]
+    assert numbers(indices=[0], shape=(4,))[0].tolist() == pytest.approx(expected, rel=1e-13)
 
 
 def test_numbers_are_standard_normal():

@@ -67,16 +67,17 @@ def test_sample_runs_the_plan_it_names(exact, name):
 def test_explicit_grids_are_the_named_ones():
     plan = make_plan("heun", VP, steps=6)
     assert plan == make_plan("heun", VP, timesteps=plan.times)
-    assert plan == make_plan("heun", VP, steps=6, grid="uniform")
+    assert plan == make_plan("heun", VP, steps=6, grid="karras")
     assert make_plan("dpmpp-2m", VP, nfe=6) == make_plan("dpmpp-2m", VP, steps=6, grid="logsnr", final="t_min")
     edm = make_plan("heun", EDM, steps=6, grid="edm")
     assert edm.close(make_plan("heun", EDM, sigmas=edm.times))
     assert edm.nfe == 11  # Karras et al. 2022: 2 N - 1
 
 
-def test_recommended_grid_is_used(exact):
+def test_recommended_grid_is_used():
     for name in FIXED:
         assert make_plan(name, VP, steps=5) == make_plan(name, VP, steps=5, grid=entry(name).grid)
+        assert make_plan(name, FLOW, steps=5) == make_plan(name, FLOW, steps=5, grid="uniform")  # alpha = 0 at t = 1
 
 
 def test_conditions_and_noise_source_are_handed_on():
@@ -253,8 +254,8 @@ def test_a_name_is_not_a_schedule():
         make_plan("ddim", "vp_linear", steps=1)
 
 
-def test_a_start_at_alpha_zero_needs_a_grid_in_time():
+def test_a_start_at_alpha_zero_refuses_grids_in_log_snr():
     with pytest.raises(
         ValueError, match="'logsnr' needs a finite log-SNR at t_max, and schedule 'flow' starts at alpha = 0"
     ):
-        make_plan("dpmpp-2m", FLOW, steps=5)
+        make_plan("dpmpp-2m", FLOW, steps=5, grid="logsnr")

@@ -275,9 +275,8 @@ def test_samples_of_the_mixture_have_its_moments(name, options):
 def test_one_step_of_every_sampler(exact, mixture, schedule, name):
     model = exact(schedule, "v")
     x_T = schedule.sigma(schedule.t_max) * torch.randn(3, 2, generator=torch.Generator().manual_seed(0)).double()
-    grid = "uniform" if schedule.alpha(schedule.t_max) == 0 else None
     for final in ("t_min", "zero", "denoise"):
-        plan = make_plan(name, schedule, steps=1, grid=grid, final=final)
+        plan = make_plan(name, schedule, steps=1, final=final)
         x = run_plan(plan, model, x_T)
         assert x.isfinite().all()
         if final == "zero":  # a first-order step to sigma = 0 is the mean of the data given the state
@@ -439,6 +438,7 @@ def test_lower_order_final(lower_order_final, steps, last):
         ("euler", {"variable": "sigma"}, "unknown variable 'sigma'; did you mean 'sigma_bar'"),
         ("dpmpp-2m", {"solver_type": "bh1"}, "unknown solver_type 'bh1'; .*accepted: heun, midpoint, taylor"),
         ("dpm-solver-2s", {"solver_type": "mid"}, "unknown solver_type 'mid'; did you mean 'midpoint'"),
+        ("dpmpp-2m", {"lower_order_final": -1}, "lower_order_final must be True, False or a step count, got -1"),
         ("ddim", {"eta": -0.1}, "eta must be finite and at least 0, got -0.1"),
         ("ddim", {"eta": math.nan}, "eta must be finite and at least 0, got nan"),
         ("euler-ancestral", {"eta": math.inf}, "eta must be finite"),
