@@ -126,18 +126,20 @@ def list_all() -> None:
 )
 @click.option("--images", type=click.IntRange(min=1), help="Training images to see in all.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; resumes what is in it.")
+@click.option("--init", type=click.Path(path_type=Path), help="Checkpoint whose weights a new run begins with.")
 @click.option("--device", default="cpu", show_default=True)
 @_plain_errors
-def train(data: Path, config: Path | None, images: int | None, out: Path, device: str) -> None:
+def train(data: Path, config: Path | None, images: int | None, out: Path, init: Path | None, device: str) -> None:
     """Train an epsilon-model; resumes by itself, and OUT/model is a checkpoint for `fewstep bench --model`."""
     import torch
 
     from bench.data import load_images
-    from distill.teacher import MNIST_CONFIG, Trainer, load_config
+    from distill.config import MNIST_CONFIG, load_config
+    from distill.teacher import Trainer
 
     overrides = {} if images is None else {"images": images}
     settings = load_config(MNIST_CONFIG if config is None else config, **overrides)
-    trainer = Trainer(settings, out, _checked_device(device))
+    trainer = Trainer(settings, out, _checked_device(device), init)
     source = load_images(data)
     try:
         trainer.run(torch.from_numpy(source.images), None if source.labels is None else torch.from_numpy(source.labels))

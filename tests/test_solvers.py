@@ -141,6 +141,29 @@ def test_one_percent_on_one_coefficient_breaks_the_order(problems, name):
     assert not has_order(problems["vp_linear"], ENTRIES[name].order, plan_of)
 
 
+@pytest.mark.parametrize(
+    ("name", "degree"),
+    [("dpm-solver-1", 0), ("dpm-solver-2s", 1), ("dpm-solver-3s", 2), ("dpm-solver-2m", 1), ("dpmpp-2m", 1)],
+)
+def test_exact_on_polynomials_in_lam(name, degree):
+    wanted = {"solver_type": "heun", "lower_order_final": False}
+    options = {key: value for key, value in wanted.items() if key in ENTRIES[name].options}
+    plan = make_plan(name, VP, steps=6, grid="quadratic", **options)
+    p = np.polynomial.Polynomial([0.3, -0.2, 0.1][: degree + 1])
+    model = EpsModel(lambda x, t: torch.full_like(x, p(VP.lam(float(t[0])))), VP, plan.prediction)
+
+    def constant(t, x):  # of integration, of d(x/alpha) = p d exp(-lam), or of d(x/sigma) = p d exp(lam)
+        sign, scale = (1, VP.alpha(t)) if plan.prediction == "eps" else (-1, VP.sigma(t))
+        lam = VP.lam(t)
+        return x / scale - np.exp(-sign * lam) * sum(sign**k * p.deriv(k)(lam) for k in range(degree + 1))
+
+    constants = []
+    x_T = torch.ones(1, 1, dtype=torch.float64)
+    run_plan(plan, model, x_T, callback=lambda told: constants.append(float(constant(told.t, told.x))))
+    assert len(constants) == 6  # the first step of a multistep method is first order, so compare after it
+    assert constants == pytest.approx([constants[0]] * 6, rel=1e-11)
+
+
 @pytest.mark.parametrize("name", ["dpm-solver-2s", "dpm-solver-3s", "dpm-solver-2m", "dpmpp-2m"])
 def test_taylor_is_heun(name):
     heun, taylor = (make_plan(name, VP, steps=5, solver_type=kind) for kind in ("heun", "taylor"))

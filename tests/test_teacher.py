@@ -14,15 +14,13 @@ import yaml
 from scipy import stats
 from torch import Tensor, nn
 
+from distill.config import MNIST_CONFIG, TeacherConfig, load_config
 from distill.teacher import (
-    MNIST_CONFIG,
-    TeacherConfig,
     Trainer,
     diffusion_loss,
     draw_batch,
     ema_decay,
     learning_rate,
-    load_config,
 )
 from samplers import schedule as schedules
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from distill import teacher
 from distill.checkpoint import CheckpointError, load_checkpoint
-from distill.teacher import TeacherConfig, Trainer, TrainingError, learning_rate
+from distill.config import TeacherConfig
+from distill.teacher import Trainer, TrainingError, learning_rate
 from samplers import schedule as schedules
 
 SHARED_STATE = ("state/network", "state/ema", "state/optimizer", "model/model")
@@ -387,3 +388,16 @@ def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(
         assert [line.split("  ")[0] for line in lines] == ["step 5 of 7", "step 7 of 7"]
         assert lines[1].split("  ")[1] == f"loss {trainer.log[-1]['loss']:.4f}"
         assert "\x1b" not in shown
+
+
+def test_a_new_run_may_begin_with_the_weights_of_a_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
+    trained = load_checkpoint(uninterrupted / "model").network.state_dict()
+    begun = Trainer(config(), tmp_path / "new", init=uninterrupted / "model")
+    for module in (begun.network, begun.ema):
+        assert all(torch.equal(value, trained[name]) for name, value in module.state_dict().items())
+    assert begun.step == 0
+    resumed = Trainer(config(), uninterrupted, init=tmp_path / "nowhere")  # a run that goes on keeps its own weights
+    assert resumed.step == 40
+    other = config(network={**config().network, "widths": [32, 32]})
+    with pytest.raises(CheckpointError, match="another architecture"):
+        Trainer(other, tmp_path / "other", init=uninterrupted / "model")
