@@ -60,7 +60,7 @@ class Sampler:
         return self.build is None
 
     def grid_on(self, schedule: Schedule) -> str:
-        """The recommended grid; "uniform" where that is spaced in log-SNR and the schedule starts at alpha = 0."""
+        """The recommended grid; "uniform" where the schedule starts at alpha = 0, whose log-SNR is infinite."""
         return self.grid if schedule.alpha(schedule.t_max) > 0 else "uniform"
 
     def plan(self, grid: Grid, **options: Any) -> Plan:
