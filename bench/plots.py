@@ -34,7 +34,7 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, path: Path) -> 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     done = [row for row in rows if row["status"] == "done"]
     figure, axes = plt.subplots(figsize=(7.0, 4.6), dpi=200)
@@ -65,7 +65,7 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, path: Path) -> 
     ticks = sorted({row["budget"] for row in rows if row["role"] == "sampler"})
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
     axes.grid(True, which="minor", color="0.95", linewidth=0.4)
     axes.set_axisbelow(True)

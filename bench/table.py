@@ -45,14 +45,14 @@ def terminal(rows: Sequence[Row], floor: float, title: str) -> Table:
     labels, budgets, cells = _layout(rows)
     best = winners(rows)
     table = Table(title=title, caption="\n".join(notes(rows, floor)), caption_justify="left", min_width=60)
-    table.add_column("sampler")
+    table.add_column("sampler", no_wrap=True)
     for n in budgets:
-        table.add_column(f"NFE {n}", justify="right")
+        table.add_column(f"NFE {n}", justify="right", no_wrap=True)
     for label in labels:
         texts = [cells.get((label, n), "") for n in budgets]
         table.add_row(
             label,
-            *(f"[bold green]* {t}[/]" if best.get(n) == label else t for t, n in zip(texts, budgets, strict=True)),
+            *(f"[bold green]*{t}[/]" if best.get(n) == label else t for t, n in zip(texts, budgets, strict=True)),
         )
     return table
 
@@ -62,7 +62,7 @@ def notes(rows: Sequence[Row], floor: float) -> list[str]:
     first = rows[0]
     lines = [
         f"{first['metric']} of {first['num_samples']} samples against the reference statistics, "
-        "+- half the 95 % interval; smaller is better."
+        "± half the 95 % interval; smaller is better."
     ]
     for row in rows:
         if row["role"] == "teacher" and row["status"] == "done":
@@ -100,7 +100,7 @@ def _value(row: Row) -> str:
     """The distance and half its interval, to the digit where the interval has its second."""
     half = 0.5 * (row["high"] - row["low"])
     digits = max(0, 1 - math.floor(math.log10(half))) if half > 0 else 3
-    return f"{row['value']:.{digits}f} +- {half:.{digits}f}"
+    return f"{row['value']:.{digits}f} ± {half:.{digits}f}"
 
 
 def _md(cells: Sequence[str]) -> str:

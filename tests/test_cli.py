@@ -22,7 +22,7 @@ def test_bench_prints_the_table_and_writes_the_results(tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert "NFE 3" in result.output
-    assert "* " in result.output  # the best of each budget is marked
+    assert " *" in result.output  # the best of each budget is marked
     for name in ("table.csv", "table.md", "frontier.png", "provenance.json", "samples/ddim-nfe3.png"):
         assert (tmp_path / name).exists()
     assert set(pd.read_csv(tmp_path / "table.csv")["label"]) == {"ddim", "dpmpp-2m", "heun"}
