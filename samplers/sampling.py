@@ -92,10 +92,7 @@ def sample(
         indices: (B,) sample indices of this batch; None is 0 .. B-1. Sample i of a seed is the same in any batch.
         steps, nfe, timesteps, sigmas, grid, final: as in `make_plan`. An error-controlled sampler passes through the
             nodes, needs none of the first four, and takes nfe as a limit.
-        noise_source: `(k, like) -> Tensor`, the k-th used noise of a stochastic sampler; None draws it from seed.
-        callback: called with a `Progress` at the end of every step.
-        cond: passed to every network call as keyword arguments.
-        check: what to do about NaN and Inf, as in `run_plan`.
+        noise_source, callback, cond, check: as in `run_plan`.
         options: the sampler's own.
 
     Returns:
