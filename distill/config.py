@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """What a training run is. Between two sessions of one run `images`, `cooldown` and `save_every` may change.
+    """What a training run is. Between two starts of one run `images`, `cooldown` and `save_every` may change.
 
     Attributes:
         network: `{"class": name, **arguments}`.

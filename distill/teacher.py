@@ -38,7 +38,7 @@ from distill.checkpoint import (
 from distill.config import DTYPES, TeacherConfig
 from samplers.schedule import Schedule, from_config
 
-_MAY_CHANGE = {"images", "cooldown", "save_every"}  # between two sessions of one run
+_MAY_CHANGE = {"images", "cooldown", "save_every"}  # between two starts of one run
 
 
 class TrainingError(RuntimeError):
@@ -146,7 +146,7 @@ class Trainer:
     Attributes:
         network, ema: as it is trained, and its averaged weights.
         step: steps done.
-        log: rows of step, images, mean loss since the last row, learning_rate, images_per_second of this session.
+        log: rows of step, images, mean loss since the last row, learning_rate, images_per_second since this start.
 
     Raises:
         CheckpointError: `folder` holds another run, or a damaged one; or `init` does not fit.
