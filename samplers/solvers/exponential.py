@@ -11,7 +11,6 @@ sign of z and the roles of alpha and sigma differ. A step to sigma = 0 has h inf
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,27 +20,15 @@ from samplers.draft import Draft, step_orders
 from samplers.errors import unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
+from samplers.solvers.weights import phi
 
-_SERIES_BELOW = 0.5
-_SERIES_TERMS = 14
 _SOLVER_TYPES = ("midpoint", "heun", "taylor")
 _Writer = Callable[[int, str, str], str]  # (step, state, its output) -> the state at the end of the step
 
 
 def psi(k: int, z: np.ndarray) -> np.ndarray:
-    """`z phi_k(z)` for k = 1, 2, 3: `e^z - 1`, `(e^z - 1)/z - 1`, `((e^z - 1)/z - 1)/z - 1/2`, to machine precision.
-
-    Hochbruck & Ostermann 2010, "Exponential integrators", section 2.1; near zero by the series `sum_j z^(j+1) / (j+k)!`.
-    """
-    if k == 1:
-        return np.expm1(z)
-    small = np.abs(z) < _SERIES_BELOW
-    near, far = np.where(small, z, 0.0), np.where(small, 1.0, z)
-    series = near * np.polyval([1.0 / math.factorial(j + k) for j in reversed(range(_SERIES_TERMS))], near)
-    direct = np.expm1(far) / far - 1.0
-    if k == 3:
-        direct = direct / far - 0.5
-    return np.where(small, series, direct)
+    """`z phi_k(z)`: `e^z - 1`, `(e^z - 1)/z - 1`, `((e^z - 1)/z - 1)/z - 1/2`, ..., to machine precision."""
+    return np.expm1(z) if k == 1 else z * phi(k, z)
 
 
 class _Steps:
