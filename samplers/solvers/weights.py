@@ -78,9 +78,8 @@ def history(values: np.ndarray, k: int) -> np.ndarray:
         k: number of points, at most N.
 
     Returns:
-        (N, k); rows i < k - 1, which have fewer than k points behind them, hold no more than finite filling.
+        (N, k); rows i < k - 1, which have fewer than k points behind them, go on in unit steps, to be finite.
     """
     n, h = len(values) - 1, np.diff(values)
     index = np.arange(n)[:, None] - np.arange(k)
-    points = (values[np.maximum(index, 0)] - values[:n, None]) / h[:, None]
-    return np.where(index >= 0, points, -np.arange(k, dtype=float))
+    return (values[np.maximum(index, 0)] - values[:n, None]) / h[:, None] - np.maximum(-index, 0)
