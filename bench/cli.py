@@ -102,6 +102,24 @@ def _measure(suite: Any, folder: Path, device: str, dtype: str) -> None:
     console.print(f"table, plot and pictures: {folder}", highlight=False, soft_wrap=True)
 
 
+@main.command()
+@click.option("--samplers", help="Registered names, separated by commas; by default all.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("results/certificates"), show_default=True, help="Folder."
+)
+@click.option("--quick", is_flag=True, help="One schedule and one grid, short runs: a look, not a certificate.")
+@_plain_errors
+def certify(samplers: str | None, out: Path, quick: bool) -> None:
+    """Certify order of convergence, parity with diffusers and equalities of every sampler; exit code 1 if one fails."""
+    from rich.console import Console
+
+    from bench.certify.report import certify as run
+
+    names = [] if samplers is None else [name.strip() for name in samplers.split(",") if name.strip()]
+    if not run(names, out, quick, Console()):
+        raise SystemExit(1)
+
+
 @main.command(name="samplers")
 def list_all() -> None:
     """List every sampler with its order, calls for each step, options and reference."""
@@ -117,6 +135,39 @@ def list_all() -> None:
     for s in list_samplers():
         table.add_row(s.name, str(s.order), s.stochastic, str(s.calls), ", ".join(s.options), s.reference)
     Console().print(table)
+
+
+@main.command()
+@click.option("--samplers", help="Only these methods, separated by commas.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=1.0,
+    show_default=True,
+    help="Of timing for each method and shape.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results/speed"), show_default=True)
+@_plain_errors
+def speed(samplers: str | None, seconds: float, device: str, out: Path) -> None:
+    """Measure the samplers' own cost against diffusers' schedulers and the memory floor."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from bench.speed import METHODS, SHAPES, end_to_end, measure
+    from bench.speed_report import write_speed
+    from samplers.errors import unknown
+
+    chosen = [m.sampler for m in METHODS] if samplers is None else [name.strip() for name in samplers.split(",")]
+    for name in chosen:
+        if name not in [m.sampler for m in METHODS]:
+            raise unknown("method", name, [m.sampler for m in METHODS])
+    device, console = _checked_device(device), Console()
+    methods = [m for m in METHODS if m.sampler in chosen]
+    cells = measure(methods, device=device, seconds=seconds)
+    rows = list(track(cells, "speed", total=len(SHAPES) * len(methods), console=console))
+    console.print(write_speed(rows, list(end_to_end(device=device, seconds=seconds)), out, device), soft_wrap=True)
+    console.print(f"table and plot: {out}", highlight=False, soft_wrap=True)
 
 
 @main.command()

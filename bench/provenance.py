@@ -36,12 +36,8 @@ def provenance(suite: Suite, model: BenchModel, device: str, rows: Sequence[Row]
         "model_hash": model.hash,
         "hashes": model.judge.hashes,
         "code": code_fingerprint(),
-        "commit": _commit(),
         "dtype": model.dtype,
-        "device": _device_name(device),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("fewstep", "torch", "numpy", "scipy", "diffusers")},
+        **machine(device),
         "sampling_seconds": round(sum(row["seconds"] for row in done), 1),
         "peak_memory_mb": max((row["peak_memory_mb"] for row in done), default=None),
         "failed": [
@@ -49,6 +45,18 @@ def provenance(suite: Suite, model: BenchModel, device: str, rows: Sequence[Row]
             for row in rows
             if row["status"] == "failed"
         ],
+    }
+
+
+def machine(device: str) -> Row:
+    """Where and with what something was measured: commit, device, threads, platform, versions."""
+    return {
+        "commit": _commit(),
+        "device": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("fewstep", "torch", "numpy", "scipy", "diffusers")},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,62 @@ from samplers.errors import SamplingError
 from samplers.execute import Callback, Progress
 from samplers.grid import Grid
 from samplers.model import EpsModel
+
+_LSODA = "lsoda"
+
+
+class Network:
+    """A model's calls, counted and limited.
+
+    Attributes:
+        calls: how many there were.
+        t: the time of the last one.
+    """
+
+    def __init__(self, model: EpsModel, cond: Mapping[str, Any] | None, nfe: int | None, tolerances: str) -> None:
+        self.model, self.cond, self.nfe, self.tolerances = model, {} if cond is None else cond, nfe, tolerances
+        self.calls, self.t = 0, math.nan
+
+    def __call__(self, x: Tensor, t: float, alpha: float, sigma: float, kind: str) -> Tensor:
+        """The model's output as `kind`.
+
+        Raises:
+            SamplingError: the limit is reached.
+        """
+        if self.nfe is not None and self.calls >= self.nfe:
+            raise SamplingError(
+                f"{self.tolerances} needs more than nfe={self.nfe} network calls; allow more calls or a larger tolerance"
+            )
+        self.calls, self.t = self.calls + 1, t
+        out, (by_x, by_out) = self.model.evaluate(x, t, alpha, sigma, kind, self.cond)
+        return out * by_out + x * by_x if by_x else out * by_out
+
+
+def through_nodes(
+    network: Network, grid: Grid, x: Tensor, callback: Callback | None, advance: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """The state at the last node, by `advance(x, i)` from each node to the next; one first-order step to sigma = 0.
+
+    Raises:
+        SamplingError: the result is NaN or Inf.
+    """
+    for i in range(grid.steps):
+        if grid.sigma[i + 1] == 0:
+            x = network(x, float(grid.t[i]), float(grid.alpha[i]), float(grid.sigma[i]), "x0")
+        else:
+            x = advance(x, i)
+        if callback is not None:
+            callback(Progress(i + 1, grid.steps, float(grid.t[i + 1]), network.calls, x))
+    if not torch.isfinite(x).all():
+        raise SamplingError("the adaptive integrator ended in NaN or Inf")
+    return x
+
+
+def check_positive(**values: float) -> None:
+    """Raise ValueError for a value that is not positive and finite."""
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 @torch.no_grad()
@@ -40,7 +96,9 @@ def integrate(
         model: the epsilon-model.
         grid: the nodes.
         x_T: start state (B, ...).
-        method: of torchdiffeq: "dopri5" (Dormand & Prince 1980), "bosh3", "dopri8".
+        method: of torchdiffeq: "dopri5" (Dormand & Prince 1980), "bosh3", "dopri8"; or "lsoda", SciPy's, which works in
+            float64 on the CPU. Where LSODA turns to implicit steps, the Jacobian is approximated by its diagonal, so that its
+            memory grows with the batch and not with its square.
         rtol, atol: tolerances on y, in the norm over the whole batch.
         nfe: the most network calls; None is no limit.
         callback: called with a `Progress` at every node.
@@ -53,71 +111,63 @@ def integrate(
         ValueError: a tolerance that is not positive.
         SamplingError: NaN or Inf, a step size that underflows, or a tolerance that `nfe` calls do not reach.
     """
+    check_positive(rtol=rtol, atol=atol)
+    network = Network(model, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
+    slope = _Slope(network, grid)
+    segment = _lsoda if method == _LSODA else _torchdiffeq
+    theta = torch.atan2(*(torch.as_tensor(a, dtype=torch.float64) for a in (grid.sigma, grid.alpha)))
+    norm = ((grid.alpha**2 + grid.sigma**2) ** 0.5).tolist()
+
+    def advance(x: Tensor, i: int) -> Tensor:
+        return segment(slope, x / norm[i], theta[i : i + 2], method, rtol, atol) * norm[i + 1]
+
+    return through_nodes(network, grid, x_T, callback, advance)
+
+
+def _torchdiffeq(slope: _Slope, y: Tensor, theta: Tensor, method: str, rtol: float, atol: float) -> Tensor:
     from torchdiffeq import odeint
 
-    for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if not 0 < tolerance < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {tolerance}")
-    slope = _Slope(model, grid, {} if cond is None else cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
-    inner = grid.steps + 1 - int(grid.sigma[-1] == 0)
-    theta = torch.atan2(*(torch.as_tensor(a[:inner], dtype=torch.float64) for a in (grid.sigma, grid.alpha)))
-    norm = (grid.alpha**2 + grid.sigma**2) ** 0.5
-    y = x_T / float(norm[0])
-    for i in range(1, inner):
-        y = _segment(odeint, slope, y, theta[i - 1 : i + 1].to(x_T.device), method, rtol, atol)
-        if callback is not None:
-            callback(Progress(i, grid.steps, float(grid.t[i]), slope.calls, y * float(norm[i])))
-    x = y * float(norm[inner - 1])
-    if inner == grid.steps:
-        x = slope.denoise(x, inner - 1)
-        if callback is not None:
-            callback(Progress(inner, grid.steps, float(grid.t[-1]), slope.calls, x))
-    if not torch.isfinite(x).all():
-        raise SamplingError("the adaptive integrator ended in NaN or Inf")
-    return x
-
-
-def _segment(odeint: Any, slope: _Slope, y: Tensor, theta: Tensor, method: str, rtol: float, atol: float) -> Tensor:
-    theta = theta if y.dtype == torch.float64 else theta.to(torch.float32)
+    theta = theta.to(y.device, torch.float64 if y.dtype == torch.float64 else torch.float32)
     try:
         # step_t: without it the integrator steps past the end, where the model is not defined, and interpolates back
         return odeint(slope, y, theta, method=method, rtol=rtol, atol=atol, options={"step_t": theta[1:]})[-1]
     except AssertionError as error:  # torchdiffeq's step-size underflow, which NaN also causes
-        raise SamplingError(
-            f"the adaptive integrator stopped at theta={slope.theta:g} (t={slope.t:g}): {error}"
-        ) from error
+        raise slope.stopped(str(error)) from error
+
+
+def _lsoda(slope: _Slope, y: Tensor, theta: Tensor, method: str, rtol: float, atol: float) -> Tensor:
+    from scipy.integrate import solve_ivp
+
+    def flat(at: float, values: Any) -> Any:
+        out = slope(at, torch.as_tensor(values).view(y.shape).to(y)).double().cpu().flatten()
+        if not torch.isfinite(out).all():  # LSODA itself would go on
+            raise slope.stopped("the network gave NaN or Inf")
+        return out.numpy()
+
+    start = y.double().cpu().flatten().numpy()
+    found = solve_ivp(flat, theta.tolist(), start, method="LSODA", rtol=rtol, atol=atol, lband=0, uband=0)
+    if not found.success:
+        raise slope.stopped(found.message)
+    return torch.as_tensor(found.y[:, -1]).view(y.shape).to(y)
 
 
 class _Slope:
-    """`dy/dtheta`, counting its calls."""
+    """`dy/dtheta`."""
 
-    def __init__(
-        self, model: EpsModel, grid: Grid, cond: Mapping[str, Any], budget: int | None, tolerances: str
-    ) -> None:
-        self.model, self.grid, self.cond, self.budget, self.tolerances = model, grid, cond, budget, tolerances
-        self.calls, self.theta, self.t = 0, math.nan, math.nan
+    def __init__(self, network: Network, grid: Grid) -> None:
+        self.network, self.grid, self.theta = network, grid, math.nan
 
-    def __call__(self, theta: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor | float, y: Tensor) -> Tensor:
         self.theta = float(theta)
         grid, schedule = self.grid, self.grid.schedule
         last = grid.t[-1] if grid.sigma[-1] > 0 else grid.t[-2]
         # rounding of theta may leave the range by an ulp, at alpha = 0 to where no log-SNR exists
         inside = 0.0 < self.theta < 0.5 * math.pi
         t = schedule.t_of_lam(-math.log(math.tan(self.theta))) if inside else grid.t[0] if self.theta > 0 else last
-        self.t = float(min(max(t, last), grid.t[0]))
-        alpha, sigma = float(schedule.alpha(self.t)), float(schedule.sigma(self.t))
+        t = float(min(max(t, last), grid.t[0]))
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         norm = math.hypot(alpha, sigma)
-        return self._output(y * norm, self.t, alpha, sigma, "v") / norm
+        return self.network(y * norm, t, alpha, sigma, "v") / norm
 
-    def _output(self, x: Tensor, t: float, alpha: float, sigma: float, kind: str) -> Tensor:
-        if self.budget is not None and self.calls >= self.budget:
-            raise SamplingError(
-                f"{self.tolerances} needs more than nfe={self.budget} network calls; allow more calls or a larger tolerance"
-            )
-        self.calls += 1
-        out, (by_x, by_out) = self.model.evaluate(x, t, alpha, sigma, kind, self.cond)
-        return out * by_out + x * by_x if by_x else out * by_out
-
-    def denoise(self, x: Tensor, i: int) -> Tensor:
-        """The step from node i to clean data: x0."""
-        return self._output(x, float(self.grid.t[i]), float(self.grid.alpha[i]), float(self.grid.sigma[i]), "x0")
+    def stopped(self, why: str) -> SamplingError:
+        return SamplingError(f"the adaptive integrator stopped at theta={self.theta:g} (t={self.network.t:g}): {why}")

@@ -21,6 +21,7 @@ class Draft:
     Args:
         grid: the nodes.
         prediction: "eps" or "x0", the kind of every other evaluation.
+        first_step: whether to write that step; False for a method that is defined there.
 
     Attributes:
         t, alpha, sigma, lam: node values as Python floats.
@@ -28,14 +29,14 @@ class Draft:
         x: the state it begins with.
     """
 
-    def __init__(self, grid: Grid, prediction: str) -> None:
+    def __init__(self, grid: Grid, prediction: str, *, first_step: bool = True) -> None:
         self.grid, self.prediction = grid, prediction
         self.t, self.alpha, self.sigma, self.lam = (a.tolist() for a in (grid.t, grid.alpha, grid.sigma, grid.lam))
         self._instructions: list[Instruction] = []
         self._outputs = self._states = self._drawn = 0
         self._noises: dict[str, str] = {}
         self.x, first = START, 0
-        if self.alpha[0] == 0:
+        if self.alpha[0] == 0 and first_step:
             out = self.evaluate_at(START, self.t[0], 0.0, self.sigma[0], kind="x0")
             self.x, first = self.combine(1, (START, self.sigma[1] / self.sigma[0]), (out, self.alpha[1])), 1
         self.steps = range(first, grid.steps)
@@ -96,7 +97,12 @@ def step_orders(steps: Sequence[int], order: int, lower_order_final: bool | int)
         steps: the step indices the method writes.
         order: k, the method's own.
         lower_order_final: whether orders fall again at the end; an int n means "where N < n".
+
+    Raises:
+        ValueError: lower_order_final is none of these.
     """
+    if not isinstance(lower_order_final, int) or lower_order_final < 0:
+        raise ValueError(f"lower_order_final must be True, False or a step count, got {lower_order_final!r}")
     n = len(steps)
     lower = n < lower_order_final if not isinstance(lower_order_final, bool) else lower_order_final
     return [min(i + 1, order, n - i if lower else order) for i in range(n)]

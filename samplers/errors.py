@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+
+_LARGEST_AMOUNT = 1e100
 
 
 class SamplingError(RuntimeError):
@@ -22,3 +25,11 @@ def unknown(what: str, given: object, accepted: Iterable[str]) -> ValueError:
     close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return ValueError(f"unknown {what} {given!r}; {hint}accepted: {', '.join(names)}")
+
+
+def check_amount(name: str, value: float) -> None:
+    """Raise ValueError for an amount (of noise) that is negative, NaN, or so large that its square may not be a number."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    if value > _LARGEST_AMOUNT:
+        raise ValueError(f"{name} must be at most {_LARGEST_AMOUNT:g}, got {value}")

@@ -1,20 +1,24 @@
-"""The one executor: runs any plan on any model, with buffers assigned by liveness."""
+"""The one executor: runs any plan on any model, in buffers assigned when the plan was lowered."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from samplers.errors import SamplingError
-from samplers.model import EpsModel
+from samplers.errors import SamplingError, unknown
+from samplers.model import Affine, EpsModel, Scalar
 from samplers.noise import check_seed, standard_normal
 from samplers.plan import Plan
-from samplers.program import Call, Sum
+from samplers.program import Call, Program, Sum
 
 NoiseSource = Callable[[int, Tensor], Tensor]
+COMPILE = ("loop", "graph")
+_SINGLE_PASS_FROM = 16384  # numbers; below it the views that `addr` needs cost more than the pass over memory they save
 
 
 class Progress(NamedTuple):
@@ -50,6 +54,7 @@ def run_plan(
     callback: Callback | None = None,
     cond: Mapping[str, Any] | None = None,
     check: bool | str = True,
+    compile: str | None = None,
 ) -> Tensor:
     """Run a plan.
 
@@ -63,6 +68,8 @@ def run_plan(
         cond: passed to every network call as keyword arguments.
         check: True looks for NaN and Inf once at the end, and on failure replays to find the step; "each" looks after
             every call, False never.
+        compile: "loop" compiles the whole loop with torch.compile, "graph" records it as one CUDA graph; both once for each
+            plan, shape and dtype, kept with the model, and both hold all noises of the plan at once. No callback then.
 
     Returns:
         The result, shape, dtype and device of x_T.
@@ -73,99 +80,190 @@ def run_plan(
     """
     if not isinstance(check, bool) and check != "each":
         raise ValueError(f"check must be True, False or 'each', got {check!r}")
+    if compile is not None and compile not in COMPILE:
+        raise unknown("compile", str(compile), COMPILE)
+    if compile is not None and (callback is not None or check == "each"):
+        raise ValueError(f"compile={compile!r} runs the loop as a whole: it has no callback and no check='each'")
     check_start(model, x_T)
     cond = {} if cond is None else cond
     draw = noise_source if noise_source is not None else seeded_noise(seed, sample_indices(indices, len(x_T)))
-    run = _Run(plan, model, draw, cond, x_T)
-    x = run.go(callback, each=check == "each")
-    if check is True and not torch.isfinite(x).all():
-        _Run(plan, model, draw, cond, x_T).go(None, each=True)
+    if compile is not None:
+        from samplers.compiled import run_compiled
+
+        x = run_compiled(compile, plan, model, x_T, draw, cond)
+    else:
+        x = Loop.of(plan, model, x_T).run(x_T, draw, cond, _watch(plan, callback, each=check == "each"))
+    if check is True and not _finite(x):
+        Loop.of(plan, model, x_T).run(x_T, draw, cond, _watch(plan, None, each=True))
         raise SamplingError(f"sampler {plan.sampler!r} gave NaN or Inf, and a second run from the same noise did not")
     return x
 
 
-class _Run:
-    """The registers of one run."""
+Watch = Callable[[Call | Sum, Tensor], None]
+Writer = Callable[[Tensor | None, Sequence[tuple[Tensor, Any]]], Tensor]
+Values = list[Any]  # the tensor at each place of a program, or None
 
-    def __init__(self, plan: Plan, model: EpsModel, draw: NoiseSource, cond: Mapping[str, Any], x_T: Tensor) -> None:
-        self.plan, self.model, self.draw, self.cond = plan, model, draw, cond
-        self.program = plan.program
-        self.values: list[Tensor | None] = [None] * self.program.registers
-        self.owned = [False] * self.program.registers  # the caller's and the network's tensors are never written to
-        self.pool: list[Tensor] = []
-        self.like = self.values[0] = x_T
 
-    def go(self, callback: Callback | None, each: bool) -> Tensor:
-        """Execute every instruction; the last state is the result."""
-        nfe, node = 0, 0
+@dataclass(frozen=True)
+class Loop:
+    """A plan made ready to run on one model and one kind of state: all that is known before the first network call.
+
+    Attributes:
+        model: whose network is called.
+        program: the plan's, for this model's prediction.
+        times: (B,) tensor of each call.
+        levels: alpha and sigma of each call.
+        affines: how each evaluated quantity follows from the state and the network's output.
+    """
+
+    model: EpsModel
+    program: Program
+    times: Sequence[Tensor]
+    levels: Sequence[tuple[Scalar, Scalar]]
+    affines: Sequence[Affine]
+
+    @classmethod
+    def of(cls, plan: Plan, model: EpsModel, like: Tensor) -> Loop:
+        """The loop of a plan.
+
+        Args:
+            plan: what to compute.
+            model: on which.
+            like: a state, for dtype, device and batch size.
+
+        Raises:
+            ValueError: the model does not give what the plan evaluates (epsilon-prediction where alpha = 0).
+        """
+        affines = [model.affine(e.kind, e.t, e.alpha, e.sigma) for e in plan.calls]
+        program = plan.program(tuple(affine == (0.0, 1.0) for affine in affines))
+        times = model.times([e.t for e in plan.calls], like)
+        return cls(model, program, times, [(e.alpha, e.sigma) for e in plan.calls], affines)
+
+    def run(self, x_T: Tensor, draw: NoiseSource, cond: Mapping[str, Any], watch: Watch | None = None) -> Tensor:
+        """Execute every instruction in place; the last state is the result."""
+        values: Values = [None] * (self.program.buffers + self.program.borrowed)
+        values[-1] = x_T
+        write, inside = _writer(x_T), x_T.numel() * x_T.element_size()
         for step in self.program.code:
             if isinstance(step, Call):
-                self._evaluate(step, node if each else None)
-                nfe += 1
+                self._evaluate(step, values, write, inside, cond, watch)
             else:
-                self._combine(step)
-                if step.node is not None:
-                    node = step.node
-                    if each:
-                        self._check(self._value(step.dst), node, f"the state at t={self.plan.times[node]:g}")
-                    if callback is not None:
-                        callback(Progress(node, self.plan.steps, self.plan.times[node], nfe, self._value(step.dst)))
-        return self._value(self.program.code[-1].dst)
+                for place, number in step.draws:
+                    values[place] = draw_noise(draw, number, x_T)
+                values[step.dst] = write(values[step.dst], [(values[place], by) for place, by in step.terms])
+                if watch is not None:
+                    watch(step, values[step.dst])
+            for place in step.ends:
+                values[place] = None
+        return values[self.program.code[-1].dst]
 
-    def _evaluate(self, step: Call, node: int | None) -> None:
-        x = self._value(step.src)
-        out, (by_x, by_out) = self.model.evaluate(x, step.t, step.alpha, step.sigma, step.kind, self.cond)
-        if node is not None:
-            self._check(out, node + 1, f"the network's output at t={step.t:g}")
-        if by_x == 0 and by_out == 1:
-            # an output that shares the state's memory would change when the state is updated in place
-            shared = out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-            self.values[step.dst] = out.clone() if shared else out
+    def _evaluate(
+        self, step: Call, values: Values, write: Writer, inside: int, cond: Mapping[str, Any], watch: Watch | None
+    ) -> None:
+        """One network call; a method of its own so that no name outlives it and keeps an output's memory."""
+        x = values[step.src]
+        out = self.model.output(x, self.times[step.number], *self.levels[step.number], cond)
+        if watch is not None:
+            watch(step, out)
+        if step.src >= 0 and 0 <= out.data_ptr() - x.data_ptr() < inside:
+            out = out.clone()  # it lies in the state's memory, which is written to while the output is still needed
+        if step.dst < 0:
+            values[step.dst] = out
         else:
-            value = torch.mul(out, by_out, out=self._buffer())
-            self.values[step.dst] = value.add_(x, alpha=by_x) if by_x else value  # type: ignore[arg-type]  # both floats
-            self.owned[step.dst] = True
-        self._release(step.dead)
+            by_x, by_out = self.affines[step.number]
+            values[step.dst] = write(values[step.dst], ((x, by_x), (out, by_out)) if by_x else ((out, by_out),))
 
-    def _combine(self, step: Sum) -> None:
-        for register, k in step.draw:
-            noise = self.draw(k, self.like)
-            if noise.shape != self.like.shape:
-                raise ValueError(f"noise_source must return shape {tuple(self.like.shape)}, got {tuple(noise.shape)}")
-            self.values[register] = noise
-        first, coefficient = step.terms[0]
-        total = self._value(first)
-        if first in step.dead and self.owned[first]:
-            total = total.mul_(coefficient) if coefficient != 1.0 else total
-            self.values[first] = None
+    def run_pure(self, x_T: Tensor, noises: Sequence[Tensor], cond: Mapping[str, Any]) -> Tensor:
+        """The same, but every value is a new tensor: for gradients and for torch.compile, which does its own memory planning."""
+        values: Values = [None] * (self.program.buffers + self.program.borrowed)
+        values[-1] = x_T
+        for step in self.program.code:
+            if isinstance(step, Call):
+                x, (by_x, by_out) = values[step.src], self.affines[step.number]
+                out = self.model.output(x, self.times[step.number], *self.levels[step.number], cond)
+                values[step.dst] = out if step.dst < 0 else _sum((x, by_x), (out, by_out))
+            else:
+                for place, number in step.draws:
+                    values[place] = noises[number]
+                values[step.dst] = _sum(*((values[place], coefficient) for place, coefficient in step.terms))
+            for place in step.ends:
+                values[place] = None
+        return values[self.program.code[-1].dst]
+
+
+def _sum(*terms: tuple[Tensor, Any]) -> Tensor:
+    (value, coefficient), *rest = terms
+    total = value * coefficient
+    for value, coefficient in rest:
+        total = total + value * coefficient
+    return total
+
+
+def _writer(like: Tensor) -> Writer:
+    """The function that writes a sum of terms into a buffer, or a new one where there is none; the first term may be in it."""
+    n, device, dtype = like.numel(), like.device, like.dtype
+    single_pass = n >= _SINGLE_PASS_FROM and device.type == "cpu" and dtype in (torch.float32, torch.float64)
+    one = torch.ones(1, dtype=dtype, device=device) if single_pass else None
+
+    def write(buffer: Tensor | None, terms: Sequence[tuple[Tensor, Any]]) -> Tensor:
+        out = torch.empty_like(like) if buffer is None else buffer
+        a, by_a = terms[0]
+        if len(terms) == 1:
+            return out if a is out and by_a == 1.0 else torch.mul(a, by_a, out=out)
+        b, by_b = terms[1]
+        if by_a == 1.0:
+            torch.add(a, b, alpha=by_b, out=out)
+        elif by_b == 1.0:
+            torch.add(b, a, alpha=by_a, out=out)
+        elif one is not None and a.is_contiguous() and b.is_contiguous() and out.is_contiguous() and b.dtype == dtype:
+            # a x + b y in one pass over memory: the outer product of y with one number
+            torch.addr(a.view(n, 1), b.view(n), one, beta=by_a, alpha=by_b, out=out.view(n, 1))
         else:
-            total = torch.mul(total, coefficient, out=self._buffer())
-        for register, coefficient in step.terms[1:]:
-            total.add_(self._value(register), alpha=coefficient)
-        self._release(step.dead)
-        self.values[step.dst], self.owned[step.dst] = total, True
+            torch.mul(a, by_a, out=out).add_(b, alpha=by_b)
+        for value, coefficient in terms[2:]:
+            out.add_(value, alpha=coefficient)
+        return out
 
-    def _buffer(self) -> Tensor:
-        return self.pool.pop() if self.pool else torch.empty_like(self.like)
+    return write
 
-    def _release(self, dead: tuple[int, ...]) -> None:
-        for register in dead:
-            value = self.values[register]
-            if value is not None and self.owned[register]:
-                self.pool.append(value)
-            self.values[register] = None
 
-    def _value(self, register: int) -> Tensor:
-        value = self.values[register]
-        if value is None:  # a plan checks its own order, so this is a bug in `lower`
-            raise RuntimeError(f"register {register} was read after its last use")
-        return value
+def draw_noise(draw: NoiseSource, number: int, like: Tensor) -> Tensor:
+    """One noise, of a shape that fits."""
+    noise = draw(number, like)
+    if noise.shape != like.shape:
+        raise ValueError(f"noise_source must return shape {tuple(like.shape)}, got {tuple(noise.shape)}")
+    return noise
 
-    def _check(self, value: Tensor, node: int, what: str) -> None:
-        if not torch.isfinite(value).all():
+
+def _watch(plan: Plan, callback: Callback | None, each: bool) -> Watch | None:
+    """What looks at every value as it is made: the check for NaN and Inf, and the caller's callback."""
+    if callback is None and not each:
+        return None
+    nfe = node = 0
+
+    def check(value: Tensor, what: str) -> None:
+        if each and not torch.isfinite(value).all():
             raise SamplingError(
-                f"NaN or Inf in step {node} of {self.plan.steps} of sampler {self.plan.sampler!r}: {what}"
+                f"NaN or Inf in step {min(node + 1, plan.steps)} of {plan.steps} of sampler {plan.sampler!r}: {what}"
             )
+
+    def watch(step: Call | Sum, value: Tensor) -> None:
+        nonlocal nfe, node
+        if isinstance(step, Call):
+            check(value, f"the network's output at t={plan.calls[step.number].t:g}")
+            nfe += 1
+        elif step.node is not None:
+            check(value, f"the state at t={plan.times[step.node]:g}")
+            node = step.node
+            if callback is not None:
+                callback(Progress(node, plan.steps, plan.times[node], nfe, value))
+
+    return watch
+
+
+def _finite(x: Tensor) -> bool:
+    """One reduction; a sum that overflows in half precision is looked at again."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def seeded_noise(seed: int, indices: Tensor) -> NoiseSource:

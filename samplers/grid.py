@@ -7,94 +7,90 @@ alpha, sigma and lam at every node, ready for a solver; its last node may be cle
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from samplers.errors import unknown
-from samplers.schedule import Discrete, Schedule
+from samplers.grid_points import (
+    Nodes,
+    Points,
+    ays,
+    ays_sdxl,
+    ays_svd,
+    beta,
+    from_points,
+    leading,
+    linspace,
+    logsnr,
+    power,
+    trailing,
+    uniform,
+    vector,
+)
+from samplers.schedule import Schedule
 
-Points = Callable[[Schedule, int], np.ndarray]
-Nodes = Sequence[float] | np.ndarray | Tensor
+__all__ = [
+    "FINALS",
+    "GRIDS",
+    "Grid",
+    "Nodes",
+    "Points",
+    "Spacing",
+    "ays",
+    "ays_sdxl",
+    "ays_svd",
+    "beta",
+    "from_points",
+    "from_sigmas",
+    "from_timesteps",
+    "leading",
+    "linspace",
+    "logsnr",
+    "make_grid",
+    "points_of",
+    "power",
+    "trailing",
+    "uniform",
+]
+
 FINALS = ("t_min", "zero", "denoise")
 _RANGE_TOLERANCE = 1e-6
-_TRAINING_STEPS = 1000
 
 
-def uniform(schedule: Schedule, n: int) -> np.ndarray:
-    """Uniform in t."""
-    return np.linspace(schedule.t_max, schedule.t_min, n)
+class Spacing(NamedTuple):
+    """What a grid's name stands for.
+
+    Attributes:
+        points: `(schedule, n) -> n decreasing times`.
+        final: what the last step is by default, see `make_grid`.
+        replaces: whether clean data takes the place of the last node, instead of following it.
+    """
+
+    points: Points
+    final: str = "t_min"
+    replaces: bool = False
 
 
-def polynomial(schedule: Schedule, n: int, rho: float = 2.0) -> np.ndarray:
-    """Uniform in `t^(1/rho)`; rho = 2 is the quadratic grid of DDIM (Song et al. 2021, arXiv:2010.02502, appendix D.2)."""
-    return np.linspace(schedule.t_max ** (1 / rho), schedule.t_min ** (1 / rho), n) ** rho
-
-
-def logsnr(schedule: Schedule, n: int) -> np.ndarray:
-    """Uniform in lam (Lu et al. 2022, arXiv:2206.00927, section 3.3); the same as exponential in sigma_bar."""
-    _finite_start(schedule, "logsnr")
-    return schedule.t_of_lam(np.linspace(schedule.lam(schedule.t_max), schedule.lam(schedule.t_min), n))
-
-
-def karras(schedule: Schedule, n: int, rho: float = 7.0) -> np.ndarray:
-    """Uniform in `sigma_bar^(1/rho)` (Karras et al. 2022, arXiv:2206.00364, equation 5)."""
-    _finite_start(schedule, "karras")
-    start, end = (schedule.sigma_bar(t) ** (1 / rho) for t in (schedule.t_max, schedule.t_min))
-    return schedule.t_of_lam(-rho * np.log(np.linspace(start, end, n)))
-
-
-def sgm(schedule: Schedule, n: int) -> np.ndarray:
-    """Uniform in t without the last node (Stability AI's generative-models); followed by clean data."""
-    return uniform(schedule, n + 1)[:-1]
-
-
-def beta(schedule: Schedule, n: int, a: float = 0.6, b: float = 0.6) -> np.ndarray:
-    """Quantiles of a Beta(a, b) distribution over t (Lee et al. 2024, arXiv:2407.12173, section 4)."""
-    from scipy.special import betaincinv
-
-    return schedule.t_min + (schedule.t_max - schedule.t_min) * betaincinv(a, b, np.linspace(1.0, 0.0, n))
-
-
-def leading(schedule: Schedule, n: int, offset: int = 0) -> np.ndarray:
-    """Every (T // n)-th training step from `offset` on, as diffusers' `timestep_spacing="leading"`."""
-    total = _training_steps(schedule, n)
-    return _training_time(schedule, np.arange(n)[::-1] * (total // n) + offset)
-
-
-def linspace(schedule: Schedule, n: int) -> np.ndarray:
-    """Training steps from T - 1 to 0, rounded, as diffusers' `timestep_spacing="linspace"`."""
-    total = _training_steps(schedule, n)
-    return _training_time(schedule, np.linspace(0, total - 1, n).round()[::-1])
-
-
-def trailing(schedule: Schedule, n: int) -> np.ndarray:
-    """Training steps T - 1, T - 1 - T/n, ..., rounded, as diffusers' `timestep_spacing="trailing"`."""
-    total = _training_steps(schedule, n)
-    return _training_time(schedule, np.round(np.arange(total, 0, -total / n))[:n] - 1)
-
-
-def _quadratic(schedule: Schedule, n: int) -> np.ndarray:
-    return polynomial(schedule, n, rho=2.0)
-
-
-# name -> (points, what the last step is by default)
-GRIDS: dict[str, tuple[Points, str]] = {
-    "uniform": (uniform, "t_min"),
-    "quadratic": (_quadratic, "t_min"),
-    "logsnr": (logsnr, "t_min"),
-    "karras": (karras, "t_min"),
-    "exponential": (logsnr, "t_min"),
-    "beta": (beta, "t_min"),
-    "edm": (karras, "zero"),
-    "sgm": (sgm, "zero"),
-    "leading": (leading, "zero"),
-    "linspace": (linspace, "zero"),
-    "trailing": (trailing, "zero"),
+GRIDS: dict[str, Spacing] = {
+    "uniform": Spacing(uniform),
+    "quadratic": Spacing(power(2.0, of="t")),
+    "time-uniform": Spacing(power(1.0, of="vp_time")),
+    "time-quadratic": Spacing(power(2.0, of="vp_time")),
+    "logsnr": Spacing(logsnr),
+    "exponential": Spacing(logsnr),
+    "karras": Spacing(power(7.0)),
+    "beta": Spacing(beta),
+    "edm": Spacing(power(7.0), "zero"),
+    "sgm": Spacing(uniform, "zero", replaces=True),  # Stability AI's generative-models
+    "leading": Spacing(leading, "zero"),
+    "linspace": Spacing(linspace, "zero"),
+    "trailing": Spacing(trailing, "zero"),
+    "ays": Spacing(ays, "zero", replaces=True),
+    "ays-sdxl": Spacing(ays_sdxl, "zero", replaces=True),
+    "ays-svd": Spacing(ays_svd, "zero", replaces=True),
 }
 
 
@@ -141,15 +137,15 @@ class Grid:
         return self.schedule.lam(self.t)
 
 
-def points_of(grid: str | Points) -> tuple[Points, str]:
-    """The function behind a grid's name (or a function itself), and its default `final`.
+def points_of(grid: str | Points) -> Spacing:
+    """What a grid's name stands for; a function stands for itself.
 
     Raises:
         ValueError: an unknown name.
         TypeError: neither a name nor callable.
     """
     if callable(grid):
-        return grid, "t_min"
+        return Spacing(grid)
     if not isinstance(grid, str):
         raise TypeError(f"grid must be a name or a function (schedule, n) -> times, got {type(grid).__name__}")
     if grid not in GRIDS:
@@ -164,20 +160,24 @@ def make_grid(schedule: Schedule, grid: str | Points, steps: int, final: str | N
         schedule: the noise schedule.
         grid: a name of `GRIDS`, or a function `(schedule, n) -> n decreasing times`.
         steps: at least 1.
-        final: "t_min" ends at the grid's last point; "zero" replaces that by a step to clean data, "denoise" adds one;
-            None is the grid's own convention.
+        final: "t_min" ends at the grid's last node. "zero" ends at clean data after one node less, which "sgm" and "ays" leave
+            out at the end and all others by wider spacing; "denoise" adds a step to clean data. None is the grid's own.
 
     Raises:
         ValueError: an unknown grid or final, steps below 1, or a grid that this schedule does not allow.
     """
-    points, default = points_of(grid)
+    points, default, replaces = points_of(grid)
     final = default if final is None else final
     if final not in FINALS:
         raise unknown("final", final, FINALS)
-    n = steps if final == "zero" else steps + 1
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    n = steps if final == "zero" and not replaces else steps + 1
     t = np.array(points(schedule, n), dtype=np.float64)
     if t.shape != (n,):
         raise ValueError(f"grid {grid!r} must give {n} times, got shape {t.shape}")
+    if final == "zero":
+        t = t[:steps]
     if math.isclose(t[0], schedule.t_max, rel_tol=1e-9):
         t[0] = schedule.t_max  # rounding may miss the end by an ulp, which is a step of its own where alpha = 0
     t = _within(schedule, t, f"grid {grid!r}")
@@ -192,7 +192,7 @@ def from_timesteps(schedule: Schedule, timesteps: Nodes) -> Grid:
     Raises:
         ValueError: fewer than two, not strictly decreasing, NaN, or more than 1e-6 (relative) outside `[t_min, t_max]`.
     """
-    t = _vector(timesteps, "timesteps")
+    t = vector(timesteps, "timesteps")
     Grid(schedule, t)
     return Grid(schedule, _within(schedule, t, "timesteps"))
 
@@ -203,7 +203,7 @@ def from_sigmas(schedule: Schedule, sigmas: Nodes) -> Grid:
     Raises:
         ValueError: as `from_timesteps`, or a negative sigma.
     """
-    values = _vector(sigmas, "sigmas")
+    values = vector(sigmas, "sigmas")
     if not (values[:-1] > 0).all() or values[-1] < 0:
         raise ValueError(f"sigmas must be positive (only the last may be 0), got {values.tolist()}")
     rising = np.flatnonzero(~(np.diff(values) < 0))
@@ -213,18 +213,6 @@ def from_sigmas(schedule: Schedule, sigmas: Nodes) -> Grid:
     positive = values[values > 0]
     t = _within(schedule, schedule.t_of_lam(-np.log(positive)), "sigmas")
     return Grid(schedule, t if len(positive) == len(values) else np.append(t, schedule.t_zero))
-
-
-def _vector(values: Any, argument: str) -> np.ndarray:
-    try:
-        vector = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{argument} must be a sequence of numbers, got {values!r}") from error
-    if vector.ndim != 1 or len(vector) < 2:
-        raise ValueError(f"{argument} needs at least 2 values in one dimension, got shape {vector.shape}")
-    if not np.isfinite(vector).all():
-        raise ValueError(f"{argument} must be finite, got {vector[~np.isfinite(vector)][0]}")
-    return vector
 
 
 def _within(schedule: Schedule, t: np.ndarray, what: str) -> np.ndarray:
@@ -237,25 +225,3 @@ def _within(schedule: Schedule, t: np.ndarray, what: str) -> np.ndarray:
             f"{what}: time {t[outside][0]:g} is outside [{low:g}, {high:g}], the range of schedule {schedule.name!r}"
         )
     return np.clip(t, low, high)
-
-
-def _finite_start(schedule: Schedule, name: str) -> None:
-    if math.isinf(schedule.lam(schedule.t_max)):
-        raise ValueError(
-            f"grid {name!r} needs a finite log-SNR at t_max, and schedule {schedule.name!r} starts at alpha = 0; "
-            "use a grid in t such as 'uniform' or 'quadratic'"
-        )
-
-
-def _training_steps(schedule: Schedule, n: int) -> int:
-    total = len(schedule.alphas_cumprod) if isinstance(schedule, Discrete) else _TRAINING_STEPS
-    if n > total:
-        raise ValueError(f"this grid has at most {total} points, one for each training step, got {n}")
-    return total
-
-
-def _training_time(schedule: Schedule, index: np.ndarray) -> np.ndarray:
-    """Training steps 0 .. T - 1 as times: themselves on a discrete schedule, spread over the range on a continuous one."""
-    if isinstance(schedule, Discrete):
-        return index.astype(np.float64)
-    return schedule.t_min + (schedule.t_max - schedule.t_min) * index / (_TRAINING_STEPS - 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +95,7 @@ class EpsModel:
             time_input,
             sigma_data,
         )
+        self.compiled: dict[Any, Any] = {}  # loops of `samplers.compiled`, which live as long as the model
 
     @property
     def weights(self) -> Tensor | None:
@@ -117,28 +119,57 @@ class EpsModel:
         """The velocity `alpha eps - sigma x0`, shape of x."""
         return self._predict(x, t, "v", cond)
 
-    def evaluate(
-        self, x: Tensor, t: float, alpha: float, sigma: float, kind: str, cond: Mapping[str, Any]
-    ) -> tuple[Tensor, Affine]:
-        """One network call as a plan makes it: the raw output, and how `kind` follows from it.
+    def affine(self, kind: str, t: Scalar, alpha: Scalar, sigma: Scalar) -> Affine:
+        """How `kind` follows from the state and the network's raw output at a time.
 
         Args:
-            x: states (B, ...).
-            t, alpha, sigma: Python floats, so that nothing is computed or synchronised on the device.
             kind: "eps", "x0" or "v".
-            cond: passed to the network.
+            t, alpha, sigma: of the time, Python floats; or tensors without dimensions, through which gradients flow.
 
         Raises:
-            ValueError: the network cannot give `kind` at this time (epsilon-prediction where alpha = 0), or it returned
-                another shape.
+            ValueError: it does not follow there (epsilon-prediction where alpha = 0).
         """
         affine = self._affine(kind, t, alpha, sigma)
-        if float("inf") in (abs(affine.x), abs(affine.out)):
+        if any(not isinstance(factor, Tensor) and math.isinf(factor) for factor in affine):
             raise ValueError(
                 f"a network with predicts={self.predicts!r} gives no {kind} at t={t:g}, where alpha={alpha:g} and sigma={sigma:g}"
             )
-        times = torch.full((len(x),), t, dtype=_time_dtype(x), device=x.device)
-        return self._call(x, times, alpha, sigma, cond), affine
+        return affine
+
+    def times(self, values: Sequence[float], x: Tensor) -> tuple[Tensor, ...]:
+        """Each time as the (B,) tensor a network takes beside states x, all made at once; no later copy to the device."""
+        one_each = torch.tensor(values, dtype=_time_dtype(x), device=x.device)
+        return one_each[:, None].expand(-1, len(x)).contiguous().unbind()
+
+    def output(self, x: Tensor, times: Tensor, alpha: Scalar, sigma: Scalar, cond: Mapping[str, Any]) -> Tensor:
+        """One network call: the raw output at states x (B, ...) and `times` (B,).
+
+        Raises:
+            TypeError: the network does not return a tensor.
+            ValueError: it returns another shape.
+        """
+        state = x
+        if self.predicts == "edm":  # c_in x / alpha and c_noise
+            total = sigma**2 + (self.sigma_data * alpha) ** 2
+            state = x * (total**-0.5 if not isinstance(total, Tensor) else total.rsqrt().to(x.dtype))
+            times = (-0.25 * self.schedule.lam(times.double())).to(times.dtype)
+        if self.time_input is not None:
+            times = self.time_input(times)
+        out = self.net(state, times, **cond)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"net must return a tensor, got {type(out).__name__}; wrap it, e.g. lambda x, t: net(x, t).sample"
+            )
+        if out.shape != x.shape:
+            raise ValueError(f"net must return the shape of x, {tuple(x.shape)}, got {tuple(out.shape)}")
+        return out
+
+    def evaluate(
+        self, x: Tensor, t: float, alpha: float, sigma: float, kind: str, cond: Mapping[str, Any]
+    ) -> tuple[Tensor, Affine]:
+        """`output` and `affine` at one time, given as a float."""
+        affine = self.affine(kind, t, alpha, sigma)
+        return self.output(x, self.times([t], x)[0], alpha, sigma, cond), affine
 
     def _predict(self, x: Tensor, t: Scalar, kind: str, cond: Mapping[str, Any]) -> Tensor:
         if not isinstance(t, Tensor) or t.ndim == 0:
@@ -152,7 +183,7 @@ class EpsModel:
             alpha, sigma = self.schedule.alpha(column), self.schedule.sigma(column)
             wide = self._affine(kind, column, alpha, sigma)
             affine = Affine(*(a.to(x.dtype) if isinstance(a, Tensor) else a for a in wide))
-            out = self._call(x, t.to(_time_dtype(x)), alpha, sigma, cond)
+            out = self.output(x, t.to(_time_dtype(x)), alpha, sigma, cond)
         return affine.out * out if _is_zero(affine.x) else affine.x * x + affine.out * out
 
     def _affine(self, kind: str, t: Scalar, alpha: Scalar, sigma: Scalar) -> Affine:
@@ -170,23 +201,6 @@ class EpsModel:
         if isinstance(t, Tensor):
             return self.schedule.dalpha(t), self.schedule.dsigma(t)
         return float(self.schedule.dalpha(t)), float(self.schedule.dsigma(t))
-
-    def _call(self, x: Tensor, times: Tensor, alpha: Scalar, sigma: Scalar, cond: Mapping[str, Any]) -> Tensor:
-        state = x
-        if self.predicts == "edm":  # c_in x / alpha and c_noise
-            total = sigma**2 + (self.sigma_data * alpha) ** 2
-            state = x * (total**-0.5 if not isinstance(total, Tensor) else total.rsqrt().to(x.dtype))
-            times = (-0.25 * self.schedule.lam(times.double())).to(times.dtype)
-        if self.time_input is not None:
-            times = self.time_input(times)
-        out = self.net(state, times, **cond)
-        if not isinstance(out, Tensor):
-            raise TypeError(
-                f"net must return a tensor, got {type(out).__name__}; wrap it, e.g. lambda x, t: net(x, t).sample"
-            )
-        if out.shape != x.shape:
-            raise ValueError(f"net must return the shape of x, {tuple(x.shape)}, got {tuple(out.shape)}")
-        return out
 
 
 def _time_dtype(x: Tensor) -> torch.dtype:

@@ -77,7 +77,7 @@ class Plan:
     @property
     def nfe(self) -> int:
         """Network calls per sample."""
-        return sum(isinstance(step, Evaluate) for step in self.instructions)
+        return len(self.calls)
 
     @property
     def steps(self) -> int:
@@ -103,9 +103,23 @@ class Plan:
         return self.noises > 0
 
     @cached_property
-    def program(self) -> Program:
-        """The plan lowered to registers, made once."""
-        return lower(self.instructions)
+    def calls(self) -> tuple[Evaluate, ...]:
+        """The network calls, in order."""
+        return tuple(step for step in self.instructions if isinstance(step, Evaluate))
+
+    def program(self, raw: tuple[bool, ...]) -> Program:
+        """The plan lowered to buffers, made once for each pattern of calls whose output needs no conversion.
+
+        Args:
+            raw: for each call, whether the network gives what the plan evaluates, as it is.
+        """
+        if raw not in self._programs:
+            self._programs[raw] = lower(self.instructions, raw)
+        return self._programs[raw]
+
+    @cached_property
+    def _programs(self) -> dict[tuple[bool, ...], Program]:
+        return {}
 
     def matrix(self, kind: str | None = None) -> np.ndarray:
         """Every evaluated state and the result as absolute coefficients on (x_T, outputs, noises).

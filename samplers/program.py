@@ -1,7 +1,8 @@
-"""The instructions a plan is made of, and their lowering to registers."""
+"""The instructions a plan is made of, and their lowering to buffers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,55 +38,127 @@ Instruction = Evaluate | Combine
 
 
 class Call(NamedTuple):
-    """An Evaluate with registers as integers."""
+    """An Evaluate on places; `number` counts the calls, `ends` are borrowed places that die here."""
 
     dst: int
     src: int
-    t: float
-    alpha: float
-    sigma: float
-    kind: str
-    dead: tuple[int, ...]
+    number: int
+    ends: tuple[int, ...]
 
 
 class Sum(NamedTuple):
-    """A Combine with registers as integers; the first term is one that dies here, where there is one, so it can accumulate."""
+    """A Combine on places.
+
+    `order` gives the position of each term in the Combine, `draws` the noises (place, number) that are first used here. Where a
+    buffer dies here it is the first term and the result takes its place.
+    """
 
     dst: int
     terms: tuple[tuple[int, float], ...]
+    order: tuple[int, ...]
     node: int | None
-    dead: tuple[int, ...]
-    draw: tuple[tuple[int, int], ...]
+    draws: tuple[tuple[int, int], ...]
+    ends: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Program:
-    """Instructions lowered to integer registers with the places where each dies."""
+    """A plan with a place for each value: buffers of the executor's own from 0 on, borrowed tensors from -1 down.
+
+    Borrowed are x_T (place -1), the noises, and the network's outputs where they need no conversion: nobody writes to them,
+    and they are let go after their last use.
+
+    Attributes:
+        code: one entry for each instruction.
+        buffers: how many buffers are written to.
+        borrowed: how many places borrowed tensors take.
+        registers: the most tensors of the state's size, besides x_T, that exist at one time.
+    """
 
     code: tuple[Call | Sum, ...]
+    buffers: int
+    borrowed: int
     registers: int
 
 
-def lower(instructions: tuple[Instruction, ...]) -> Program:
-    """Assign registers, find the last use of every value, and put a dying state first in each sum."""
-    last: dict[str, int] = {}
-    for i, step in enumerate(instructions):
-        for name in (step.src,) if isinstance(step, Evaluate) else (n for n, _ in step.terms):
-            last[name] = i
-    number: dict[str, int] = {START: 0}
+def lower(instructions: Sequence[Instruction], raw: Sequence[bool]) -> Program:
+    """Assign places by liveness.
+
+    Args:
+        instructions: of a valid plan.
+        raw: for each Evaluate, whether the network's output is the value itself; otherwise a buffer takes the conversion.
+    """
+    last = {name: i for i, step in enumerate(instructions) for name in _uses(step)}
+    places = _Places()
     code: list[Call | Sum] = []
+    registers = calls = 0
     for i, step in enumerate(instructions):
+        dying = [name for name in _uses(step) if last[name] == i]
         if isinstance(step, Evaluate):
-            number[step.dst] = len(number)
-            dead: tuple[int, ...] = (number[step.src],) if last[step.src] == i else ()
-            code.append(Call(number[step.dst], number[step.src], step.t, step.alpha, step.sigma, step.kind, dead))
-            continue
-        drawn = [name for name, _ in step.terms if name not in number]
-        for name in drawn:
-            number[name] = len(number)
-        ordered = sorted(step.terms, key=lambda term: last[term[0]] != i or term[0][0] != "x" or term[0] == START)
-        dead = tuple(number[name] for name, _ in step.terms if last[name] == i)
-        number[step.dst] = len(number)
-        terms = tuple((number[name], c) for name, c in ordered)
-        code.append(Sum(number[step.dst], terms, step.node, dead, tuple((number[n], int(n[1:])) for n in drawn)))
-    return Program(tuple(code), len(number))
+            src = places.of[step.src]
+            if raw[calls]:
+                places.borrow(step.dst)
+                ends = places.release(dying)
+            else:  # in place on a state that nobody needs any more
+                ends = places.release(dying)
+                places.own(step.dst)
+            registers = max(registers, places.alive + (not raw[calls]))
+            code.append(Call(places.of[step.dst], src, calls, ends))
+            calls += 1
+        else:
+            drawn = [name for name in _uses(step) if name not in places.of]
+            for name in drawn:
+                places.borrow(name)
+            into = next((name for name in dying if places.of[name] >= 0), None)
+            order = sorted(range(len(step.terms)), key=lambda j, into=into: step.terms[j][0] != into)  # type: ignore[misc]
+            terms = tuple((places.of[step.terms[j][0]], step.terms[j][1]) for j in order)
+            draws = tuple((places.of[name], int(name[1:])) for name in drawn)
+            if into is not None:
+                places.rename(into, step.dst)
+                dying.remove(into)
+            else:
+                places.own(step.dst)
+            registers = max(registers, places.alive)
+            code.append(Sum(places.of[step.dst], terms, tuple(order), step.node, draws, places.release(dying)))
+    return Program(tuple(code), places.buffers, places.borrowed, registers)
+
+
+def _uses(step: Instruction) -> tuple[str, ...]:
+    return (step.src,) if isinstance(step, Evaluate) else tuple(name for name, _ in step.terms)
+
+
+class _Places:
+    """Which value is where, and which places are free."""
+
+    def __init__(self) -> None:
+        self.of = {START: -1}
+        self.buffers, self.borrowed = 0, 1
+        self._free_buffers: list[int] = []
+        self._free_borrowed: list[int] = []
+
+    @property
+    def alive(self) -> int:
+        """Tensors besides x_T: all buffers so far, which stay, and the borrowed ones in use."""
+        return self.buffers + self.borrowed - 1 - len(self._free_borrowed)
+
+    def own(self, name: str) -> None:
+        if not self._free_buffers:
+            self._free_buffers.append(self.buffers)
+            self.buffers += 1
+        self.of[name] = self._free_buffers.pop()
+
+    def borrow(self, name: str) -> None:
+        if not self._free_borrowed:
+            self.borrowed += 1
+            self._free_borrowed.append(-self.borrowed)
+        self.of[name] = self._free_borrowed.pop()
+
+    def rename(self, old: str, new: str) -> None:
+        self.of[new] = self.of[old]
+
+    def release(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Free the places of dead values; the borrowed ones among them. x_T is the caller's and keeps its place."""
+        ended = [self.of[name] for name in names if name != START]
+        self._free_buffers += [place for place in ended if place >= 0]
+        self._free_borrowed += [place for place in ended if place < 0]
+        return tuple(place for place in ended if place < 0)

@@ -9,12 +9,27 @@ from functools import cached_property, partial
 from numbers import Integral, Real
 from typing import Any
 
+from torch import Tensor
+
+from samplers.adaptive import integrate
+from samplers.adaptive_dpm import integrate_dpm
 from samplers.errors import unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
 from samplers.schedule import Schedule
-from samplers.solvers.exponential import multistep, singlestep
-from samplers.solvers.first_order import ddim, ddpm, euler, euler_ancestral, heun
+from samplers.solvers.ancestral import dpm2_ancestral, dpmpp_2s, edm, euler_ancestral
+from samplers.solvers.consistency import consistency
+from samplers.solvers.deis import deis
+from samplers.solvers.exponential import singlestep
+from samplers.solvers.exponential_multistep import eab, multistep
+from samplers.solvers.first_order import ddim, ddpm, euler, heun
+from samplers.solvers.linear_multistep import ipndm, ipndm_v, lms, pndm
+from samplers.solvers.restart import restart
+from samplers.solvers.sa_solver import sa_solver
+from samplers.solvers.sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, seeds
+from samplers.solvers.unipc import unipc
+
+_GIVEN = ("grid", "model", "x_T", "nfe", "callback", "cond")  # arguments of every sampler, which are not options
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class Sampler:
     Attributes:
         name: as `sample` and `make_plan` take it.
         build: `(grid, **options) -> Plan`; None where the method is error-controlled and has no plan.
+        integrate: instead of it, `(model, grid, x_T, nfe, callback, cond, **options) -> x`.
         family: samplers that share a paper or a formula.
         order: of convergence as the step shrinks; for a stochastic sampler, of its mean.
         stochastic: "no", "yes", or the option that makes it so.
@@ -43,16 +59,15 @@ class Sampler:
     grid: str
     reference: str
     mixed_orders: bool = False
-    adaptive_options: tuple[tuple[str, Any], ...] = field(default=(), repr=False)
+    integrate: Callable[..., Tensor] | None = field(default=None, repr=False)
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """The sampler's own options and their defaults."""
-        if self.build is None:
-            return dict(self.adaptive_options)
-        bound = self.build.keywords if isinstance(self.build, partial) else {}
-        parameters = inspect.signature(self.build).parameters
-        return {name: p.default for name, p in parameters.items() if name != "grid" and name not in bound}
+        made_by = self.build or self.integrate
+        bound = made_by.keywords if isinstance(made_by, partial) else {}
+        parameters = inspect.signature(made_by).parameters if made_by else {}
+        return {name: p.default for name, p in parameters.items() if name not in _GIVEN and name not in bound}
 
     @property
     def adaptive(self) -> bool:
@@ -85,12 +100,27 @@ class Sampler:
 _DDPM, _DDIM = "Ho et al. 2020, arXiv:2006.11239", "Song et al. 2021, arXiv:2010.02502"
 _EDM, _KDIFF = "Karras et al. 2022, arXiv:2206.00364", "Crowson 2022, k-diffusion"
 _DPM, _DPMPP = "Lu et al. 2022, arXiv:2206.00927", "Lu et al. 2022, arXiv:2211.01095"
+_RESTART, _CM = "Xu et al. 2023, arXiv:2306.14878", "Song et al. 2023, arXiv:2303.01469"
+_SEEDS = "Gonzalez et al. 2023, arXiv:2305.14267"
+_SA = "Xue et al. 2023, arXiv:2309.05019"
+_EXP = "Hochbruck & Ostermann 2010, doi:10.1017/S0962492910000048"
+_UNIPC = "Zhao et al. 2023, arXiv:2302.04867"
+_DEIS, _PNDM = "Zhang & Chen 2023, arXiv:2204.13902", "Liu et al. 2022, arXiv:2202.09778"
+_BOSH, _DOP8 = (
+    "Bogacki & Shampine 1989, doi:10.1016/0893-9659(89)90079-7",
+    "Prince & Dormand 1981, doi:10.1016/0771-050X(81)90010-3",
+)
+_LSODA = "Petzold 1983, doi:10.1137/0904010"
 _DOPRI = "Dormand & Prince 1980, doi:10.1016/0771-050X(80)90013-3"
 
 
 _FIRST = partial(singlestep, prediction="eps", order=1, solver_type="midpoint", r1=None, r2=None, orders=None)
 _SECOND = partial(singlestep, prediction="eps", order=2, r2=None)
 _THIRD = partial(singlestep, prediction="eps", order=3)
+_THIRD_X0 = partial(singlestep, prediction="x0", order=3)
+_DPM2 = partial(dpm2_ancestral, eta=0.0, s_noise=1.0)
+_2M, _2M_X0 = (partial(multistep, prediction=kind, order=2, weights="exact") for kind in ("eps", "x0"))
+_3M, _3M_X0 = (partial(multistep, prediction=kind, order=3) for kind in ("eps", "x0"))
 
 
 _TABLE = (
@@ -99,12 +129,47 @@ _TABLE = (
     Sampler("euler", euler, "euler", 1, "no", 1, "uniform", _EDM),
     Sampler("euler-ancestral", euler_ancestral, "euler", 1, "eta", 1, "uniform", _KDIFF),
     Sampler("heun", heun, "heun", 2, "no", 2, "karras", _EDM),
+    Sampler("edm", edm, "heun", 2, "s_churn", 2, "karras", _EDM),
+    Sampler("dpm2", _DPM2, "dpm2", 2, "no", 2, "karras", _KDIFF),
+    Sampler("dpm2-ancestral", dpm2_ancestral, "dpm2", 2, "eta", 2, "karras", _KDIFF),
     Sampler("dpm-solver-1", _FIRST, "dpm-solver", 1, "no", 1, "logsnr", _DPM),
     Sampler("dpm-solver-2s", _SECOND, "dpm-solver", 2, "no", 2, "logsnr", _DPM, mixed_orders=True),
     Sampler("dpm-solver-3s", _THIRD, "dpm-solver", 3, "no", 3, "logsnr", _DPM, mixed_orders=True),
-    Sampler("dpm-solver-2m", partial(multistep, prediction="eps"), "dpm-solver", 2, "no", 1, "logsnr", _DPMPP),
-    Sampler("dpmpp-2m", partial(multistep, prediction="x0"), "dpm-solver++", 2, "no", 1, "logsnr", _DPMPP),
-    Sampler("rk45", None, "adaptive", 5, "no", 6, "uniform", _DOPRI, adaptive_options=(("rtol", 1e-5), ("atol", 1e-5))),
+    Sampler("dpm-solver-2m", _2M, "dpm-solver", 2, "no", 1, "logsnr", _DPMPP),
+    Sampler("dpm-solver-3m", _3M, "dpm-solver", 2, "no", 1, "logsnr", _DPMPP),
+    Sampler("dpmpp-2s", dpmpp_2s, "dpm-solver++", 2, "eta", 2, "logsnr", _DPMPP, mixed_orders=True),
+    Sampler("dpmpp-3s", _THIRD_X0, "dpm-solver++", 3, "no", 3, "logsnr", _DPMPP, mixed_orders=True),
+    Sampler("dpmpp-2m", _2M_X0, "dpm-solver++", 2, "no", 1, "logsnr", _DPMPP),
+    Sampler("dpmpp-3m", _3M_X0, "dpm-solver++", 2, "no", 1, "logsnr", _DPMPP),
+    Sampler("dpmpp-sde", dpmpp_sde, "dpm-solver++", 2, "eta", 2, "logsnr", _KDIFF),
+    Sampler("dpmpp-2m-sde", dpmpp_2m_sde, "dpm-solver++", 2, "eta", 1, "logsnr", _DPMPP),
+    Sampler("dpmpp-3m-sde", dpmpp_3m_sde, "dpm-solver++", 2, "eta", 1, "logsnr", _KDIFF),
+    Sampler("seeds", seeds, "seeds", 3, "eta", 3, "logsnr", _SEEDS),
+    *(Sampler(f"eab-{k}", partial(eab, order=k), "eab", k, "no", 1, "logsnr", _EXP) for k in (1, 2, 3, 4)),
+    *(Sampler(f"unipc-{k}", partial(unipc, order=k), "unipc", k + 1, "no", 1, "logsnr", _UNIPC) for k in (1, 2, 3, 4)),
+    *(Sampler(f"lms-{k}", partial(lms, order=k), "lms", k, "no", 1, "logsnr", _KDIFF) for k in (1, 2, 3, 4)),
+    *(Sampler(f"deis-{k}", partial(deis, order=k), "deis", k, "no", 1, "logsnr", _DEIS) for k in (1, 2, 3, 4)),
+    *(
+        Sampler(f"ipndm-{k}", partial(ipndm, order=k), "pndm", min(k, 2), "no", 1, "logsnr", _DEIS)
+        for k in (1, 2, 3, 4)
+    ),
+    *(Sampler(f"ipndm-v-{k}", partial(ipndm_v, order=k), "pndm", k, "no", 1, "logsnr", _DEIS) for k in (1, 2, 3, 4)),
+    Sampler("pndm", pndm, "pndm", 2, "no", 1, "logsnr", _PNDM),
+    Sampler("sa-solver", sa_solver, "sa-solver", 4, "tau", 1, "logsnr", _SA),
+    Sampler("restart", restart, "restart", 2, "yes", 2, "karras", _RESTART),
+    Sampler("consistency", consistency, "consistency", 1, "yes", 1, "karras", _CM),
+    Sampler("rk45", None, "adaptive", 5, "no", 6, "uniform", _DOPRI, integrate=partial(integrate, method="dopri5")),
+    Sampler("rk23", None, "adaptive", 3, "no", 3, "uniform", _BOSH, integrate=partial(integrate, method="bosh3")),
+    Sampler("dopri8", None, "adaptive", 8, "no", 13, "uniform", _DOP8, integrate=partial(integrate, method="dopri8")),
+    Sampler(
+        "scipy-lsoda", None, "adaptive", 12, "no", 1, "uniform", _LSODA, integrate=partial(integrate, method="lsoda")
+    ),
+    Sampler(
+        "dpm-adaptive-12", None, "adaptive", 2, "no", 2, "uniform", _DPM, integrate=partial(integrate_dpm, order=2)
+    ),
+    Sampler(
+        "dpm-adaptive-23", None, "adaptive", 3, "no", 3, "uniform", _DPM, integrate=partial(integrate_dpm, order=3)
+    ),
 )
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samplers.adaptive import integrate
 from samplers.execute import Callback, NoiseSource, check_start, run_plan, sample_indices
 from samplers.grid import Grid, Nodes, Points, from_sigmas, from_timesteps, make_grid, points_of
 from samplers.model import EpsModel
@@ -18,6 +17,7 @@ from samplers.plan import Plan
 from samplers.registry import Sampler, get_sampler
 from samplers.schedule import Schedule
 from samplers.solvers.exponential import mixed_orders
+from samplers.transform import analytical_first_step
 
 _UNIFORM_IN_LAM = ("logsnr", "exponential")
 
@@ -32,6 +32,7 @@ def make_plan(
     sigmas: Nodes | None = None,
     grid: str | Points | None = None,
     final: str | None = None,
+    afs: bool = False,
     **options: Any,
 ) -> Plan:
     """The plan of a sampler on a schedule.
@@ -46,19 +47,23 @@ def make_plan(
         grid: with steps or nfe: a grid's name, or a function `(schedule, n) -> n decreasing times`; None is the
             sampler's recommended grid.
         final: with steps or nfe: "t_min", "zero" or "denoise" (see `grids.make_grid`); None is the grid's own.
+        afs: analytical first step: the first network call is replaced by `x / sqrt(alpha^2 + sigma^2)`, which leaves nfe
+            another one (see `samplers.transform.analytical_first_step`).
         options: the sampler's own.
 
     Raises:
         ValueError: an unknown name or option, not exactly one of steps, nfe, timesteps and sigmas, a value out of range, or
-            a budget below one step.
-        TypeError: a schedule, step count or grid of another type.
+            a budget below one step, afs where the first call is the only one or at alpha = 0.
+        TypeError: a schedule, step count, grid or afs of another type.
     """
     entry = get_sampler(sampler)
     entry.check_options(options)
+    _check_afs(entry, afs)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a samplers.schedules schedule, got {type(schedule).__name__}")
-    nodes, options = _nodes(entry, schedule, steps, nfe, timesteps, sigmas, grid, final, options)
-    return entry.plan(nodes, **options)
+    nodes, options = _nodes(entry, schedule, steps, nfe, timesteps, sigmas, grid, final, options, int(afs))
+    plan = entry.plan(nodes, **options)
+    return analytical_first_step(plan) if afs else plan
 
 
 def sample(
@@ -75,10 +80,12 @@ def sample(
     sigmas: Nodes | None = None,
     grid: str | Points | None = None,
     final: str | None = None,
+    afs: bool = False,
     noise_source: NoiseSource | None = None,
     callback: Callback | None = None,
     cond: Mapping[str, Any] | None = None,
     check: bool | str = True,
+    compile: str | None = None,
     **options: Any,
 ) -> Tensor:
     """Sample from a model.
@@ -90,9 +97,9 @@ def sample(
         shape: (B, ...) of start noise, drawn per sample from seed as `sigma z`, in the network's dtype and device.
         seed: of start noise and step noise, in [0, 2^64).
         indices: (B,) sample indices of this batch; None is 0 .. B-1. Sample i of a seed is the same in any batch.
-        steps, nfe, timesteps, sigmas, grid, final: as in `make_plan`. An error-controlled sampler passes through the
+        steps, nfe, timesteps, sigmas, grid, final, afs: as in `make_plan`. An error-controlled sampler passes through the
             nodes, needs none of the first four, and takes nfe as a limit.
-        noise_source, callback, cond, check: as in `run_plan`.
+        noise_source, callback, cond, check, compile: as in `run_plan`.
         options: the sampler's own.
 
     Returns:
@@ -106,12 +113,18 @@ def sample(
         raise TypeError(f"model must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")
     entry = get_sampler(sampler)
     entry.check_options(options)
-    nodes, options = _nodes(entry, model.schedule, steps, nfe, timesteps, sigmas, grid, final, options)
+    _check_afs(entry, afs)
+    nodes, options = _nodes(entry, model.schedule, steps, nfe, timesteps, sigmas, grid, final, options, int(afs))
     start = _start(model, x_T, shape, seed, indices, float(nodes.sigma[0]))
-    if entry.adaptive:
-        return integrate(model, nodes, start, nfe=nfe, callback=callback, cond=cond, **{**entry.options, **options})
+    if entry.integrate is not None:
+        if compile is not None:
+            raise ValueError(
+                f"sampler {sampler!r} chooses its steps while it samples: compile must be None, got {compile!r}"
+            )
+        return entry.integrate(model, nodes, start, nfe=nfe, callback=callback, cond=cond, **options)
+    plan = entry.plan(nodes, **options)
     return run_plan(
-        entry.plan(nodes, **options),
+        analytical_first_step(plan) if afs else plan,
         model,
         start,
         seed=seed,
@@ -120,6 +133,7 @@ def sample(
         callback=callback,
         cond=cond,
         check=check,
+        compile=compile,
     )
 
 
@@ -133,8 +147,12 @@ def _nodes(
     grid: str | Points | None,
     final: str | None,
     options: dict[str, Any],
+    spared: int,
 ) -> tuple[Grid, dict[str, Any]]:
-    """The grid that the arguments describe, and the options with the step orders that a budget implies."""
+    """The grid that the arguments describe, and the options with the step orders that a budget implies.
+
+    `spared` is the number of calls of the sampler's plan that afs does without.
+    """
     counts = {"steps": steps, "nfe": nfe}
     given = [name for name, value in {**counts, "timesteps": timesteps, "sigmas": sigmas}.items() if value is not None]
     if len(given) != 1 and not (entry.adaptive and not given):
@@ -156,32 +174,49 @@ def _nodes(
     grid = entry.grid_on(schedule) if grid is None else grid
     if nfe is None or entry.adaptive:
         return make_grid(schedule, grid, int(steps or 1), final), options
-    return _budgeted(entry, schedule, int(nfe), grid, final, options)
+    return _budgeted(entry, schedule, int(nfe), grid, final, options, spared)
+
+
+def _check_afs(entry: Sampler, afs: bool) -> None:
+    if not isinstance(afs, bool):
+        raise TypeError(f"afs must be True or False, got {afs!r}")
+    if afs and entry.adaptive:
+        raise ValueError(f"afs=True replaces the first network call of a plan, and sampler {entry.name!r} has no plan")
 
 
 def _budgeted(
-    entry: Sampler, schedule: Schedule, nfe: int, grid: str | Points, final: str | None, options: dict[str, Any]
+    entry: Sampler,
+    schedule: Schedule,
+    nfe: int,
+    grid: str | Points,
+    final: str | None,
+    options: dict[str, Any],
+    spared: int,
 ) -> tuple[Grid, dict[str, Any]]:
-    """The longest grid whose plan takes at most `nfe` calls.
+    """The longest grid whose plan takes at most `nfe` calls beside the `spared` ones.
 
-    A step from alpha = 0 and a step to sigma = 0 are first order and take one call, whatever a full step takes.
+    A step from alpha = 0 and a step to sigma = 0 are first order and take one call, whatever a full step takes; no other
+    step takes fewer calls than a full one.
     """
-    final = points_of(grid)[1] if final is None else final
+    final = points_of(grid).final if final is None else final
     cheap_first, cheap_last = int(_starts_at_noise(schedule, grid)), int(final != "t_min")
     extra = int(final == "denoise")  # the call more that "denoise" takes
+    budget = nfe + spared
     mixed = entry.mixed_orders and options.get("orders") is None
     if mixed:
-        orders = [1] * cheap_first + mixed_orders(entry.order, nfe - cheap_first)
+        orders = [1] * cheap_first + mixed_orders(entry.order, budget - cheap_first)
         if cheap_last and orders[-1] != 1:
-            orders = [1] * cheap_first + mixed_orders(entry.order, nfe - cheap_first - 1) + [1]
+            orders = [1] * cheap_first + mixed_orders(entry.order, budget - cheap_first - 1) + [1]
         if len(orders) > extra:
             return _mixed_grid(schedule, orders, grid, final), {**options, "orders": orders}
-    calls = 1 if mixed else entry.calls
-    saved = (calls - 1) * (cheap_first + cheap_last)
-    steps = (nfe + saved) // calls
-    if steps < 1 + extra:
-        raise ValueError(f"nfe must be at least {calls * (1 + extra) - saved} for {entry.name!r} here, got {nfe}")
-    return make_grid(schedule, grid, steps - extra, final), options
+        raise ValueError(f"nfe must be at least {1 + extra - spared} for {entry.name!r} here, got {nfe}")
+    most = (budget + (entry.calls - 1) * (cheap_first + cheap_last)) // entry.calls - extra
+    for steps in range(most, 0, -1):  # fewer where the plan has steps of more calls, as only the plan itself knows
+        nodes = make_grid(schedule, grid, steps, final)
+        if entry.plan(nodes, **options).nfe <= budget:
+            return nodes, options
+    fewest = entry.plan(make_grid(schedule, grid, 1, final), **options).nfe - spared
+    raise ValueError(f"nfe must be at least {fewest} for {entry.name!r} here, got {nfe}")
 
 
 def _starts_at_noise(schedule: Schedule, grid: str | Points) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from bench.mixture import GaussianMixture
-from samplers import EpsModel, SamplingError, sample, schedules
+from samplers import EpsModel, SamplingError, list_samplers, make_plan, run_plan, sample, schedules
 from samplers.adaptive import integrate
 from samplers.grid import make_grid
 
@@ -59,12 +61,6 @@ def test_a_tolerance_is_what_it_costs():
         errors.append(float((x - solution(VP, X_T, VP.t_min)).abs().max()))
     assert calls == sorted(calls)
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
-
-
-@pytest.mark.parametrize("method", ["bosh3", "dopri8"])
-def test_other_methods(method):
-    x = integrate(gaussian(VP), make_grid(VP, "uniform", 1), X_T, method=method, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x, solution(VP, X_T, VP.t_min), rtol=0, atol=1e-4)
 
 
 def test_float32_stays_float32():
@@ -182,3 +178,195 @@ def test_samples_have_the_datas_moments():
     variance = mixture.covariance().diag().max()
     assert (x.mean(0) - mixture.mean()).abs().max() < 4 * (variance / 4096) ** 0.5
     assert (x.T.cov() - mixture.covariance()).abs().max() < 4 * variance * (2 / 4096) ** 0.5
+
+
+# every error-controlled sampler ----------------------------------------------------------------------------------
+
+# tolerance, and by how much it may be missed at the end
+EVERY = {
+    "rk45": (1e-8, 1e-7),
+    "rk23": (1e-7, 1e-6),
+    "dopri8": (1e-9, 1e-8),
+    "scipy-lsoda": (1e-9, 1e-7),
+    "dpm-adaptive-12": (1e-4, 1e-3),
+    "dpm-adaptive-23": (1e-6, 1e-5),
+}
+every_method = pytest.mark.parametrize("name", EVERY)
+
+
+def test_these_are_all():
+    assert {s.name for s in list_samplers() if s.adaptive} == set(EVERY)
+
+
+@pytest.fixture(scope="module")
+def references(exact):
+    """Start states and solutions of the mixture by schedule."""
+
+    @functools.cache
+    def reference(schedule):
+        x_T = float(schedule.sigma(schedule.t_max)) * X_T[:, :2]
+        return x_T, sample(exact(schedule, "v"), "rk45", x_T=x_T, rtol=1e-11, atol=1e-11)
+
+    return reference
+
+
+@every_method
+@pytest.mark.parametrize("schedule", ["vp_linear", "edm", "flow", "zero_snr"], indirect=True)
+def test_all_agree_on_the_mixture(exact, references, schedule, name):
+    x_T, expected = references(schedule)
+    tolerance, error = EVERY[name]
+    x = sample(exact(schedule, "v"), name, x_T=x_T, rtol=tolerance, atol=tolerance)
+    assert (x - expected).abs().max() < error
+
+
+@every_method
+def test_a_tighter_tolerance_is_nearer_and_costs_more(name):
+    calls, errors = [], []
+    for factor in (1e4, 1e2, 1.0):
+        tolerance = EVERY[name][0] * factor
+        told = []
+        x = sample(gaussian(VP), name, x_T=X_T, rtol=tolerance, atol=tolerance, callback=told.append)
+        calls.append(told[-1].nfe)
+        errors.append(float((x - solution(VP, X_T, VP.t_min)).abs().max()))
+    assert calls == sorted(set(calls))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+
+
+@every_method
+def test_all_stop_at_nodes_and_end_in_clean_data(name):
+    told, calls = [], []
+    model = gaussian(VP)
+    counted = EpsModel(lambda x, t: calls.append(float(t[0])) or model.net(x, t), VP, "v")
+    sigmas = [100.0, 3.0, 0.2, 0.0]
+    options = {"rtol": EVERY[name][0], "atol": EVERY[name][0]}
+    x = sample(counted, name, x_T=X_T, sigmas=sigmas, callback=told.append, **options)
+    t = VP.t_of_lam(-np.log(sigmas[:-1]))
+    for progress, at in zip(told, t[1:], strict=False):
+        torch.testing.assert_close(progress.x, solution(VP, X_T, at, t[0]), rtol=0, atol=20 * options["atol"])
+    torch.testing.assert_close(x, model.x0(told[1].x, t[-1]), rtol=0, atol=1e-12)
+    assert [p.step for p in told] == [1, 2, 3]
+    assert told[-1].nfe == len(calls)
+    assert all(t[-1] - 1e-9 <= at <= t[0] + 1e-9 for at in calls), "the model was called outside the nodes"
+
+
+@every_method
+def test_all_keep_to_their_budget(name):
+    for nfe in (1, 7):
+        calls = []
+        model = gaussian(VP)
+        counted = EpsModel(lambda x, t: calls.append(1) or model.net(x, t), VP, "v")  # noqa: B023
+        with pytest.raises(SamplingError, match=rf"rtol=1e-08, .* needs more than nfe={nfe} network calls"):
+            sample(counted, name, x_T=X_T, nfe=nfe, rtol=1e-8)
+        assert len(calls) == nfe
+
+
+@every_method
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_all_stop_at_nan(name, value):
+    model = gaussian(VP)
+    broken = EpsModel(lambda x, t: torch.where(t[:, None] > 0.5, model.net(x, t), value), VP, "v")
+    with pytest.raises(SamplingError, match=r"the adaptive integrator (stopped at .*t=|ended in NaN or Inf)"):
+        sample(broken, name, x_T=X_T)
+
+
+@every_method
+def test_all_keep_dtype_shape_and_start(name):
+    x_T = X_T.float().reshape(5, 3, 1)
+    kept = x_T.clone()
+    model = EpsModel(lambda x, t: x / (1 + t.view(-1, 1, 1)), VP)
+    x = sample(model, name, x_T=x_T, rtol=1e-3, atol=1e-3)
+    assert x.dtype == torch.float32
+    assert x.shape == x_T.shape
+    assert torch.equal(x_T, kept)
+    assert x.isfinite().all()
+
+
+@every_method
+@pytest.mark.parametrize("option", ["rtol", "atol"])
+def test_all_check_their_tolerances(name, option):
+    with pytest.raises(ValueError, match=f"{option} must be positive and finite, got 0"):
+        sample(gaussian(VP), name, x_T=X_T, **{option: 0.0})
+
+
+@every_method
+@pytest.mark.parametrize("schedule", ["flow", "zero_snr"], indirect=True)
+def test_all_refuse_an_eps_network_at_pure_noise(schedule, name):
+    with pytest.raises(ValueError, match=r"predicts='eps' gives no (v|x0) at t=\d+, where alpha=0"):
+        sample(EpsModel(lambda x, t: x, schedule), name, x_T=X_T)
+
+
+# DPM-Solver with adaptive step size ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dpm-adaptive-12", {"h_init": 0.0}, "h_init must be positive and finite, got 0"),
+        ("dpm-adaptive-23", {"h_init": math.nan}, "h_init must be positive and finite, got nan"),
+        ("dpm-adaptive-23", {"theta": 0.0}, "theta must be positive and finite, got 0"),
+        ("dpm-adaptive-23", {"theta": 1.1}, r"theta must lie in \(0, 1\], got 1.1"),
+        ("dpm-adaptive-23", {"order": 2}, "unknown option of sampler 'dpm-adaptive-23': 'order'"),
+        ("rk45", {"theta": 0.9}, "unknown option of sampler 'rk45': 'theta'"),
+        ("scipy-lsoda", {"method": "bdf"}, "unknown option of sampler 'scipy-lsoda': 'method'"),
+    ],
+)
+def test_bad_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        sample(gaussian(VP), name, x_T=X_T, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "higher"), [("dpm-adaptive-12", "dpm-solver-2s"), ("dpm-adaptive-23", "dpm-solver-3s")]
+)
+def test_an_accepted_step_is_that_of_the_higher_order(name, higher):
+    told = []
+    nodes = np.array([0.5, 0.49])
+    x = sample(gaussian(VP), name, x_T=X_T, timesteps=nodes, h_init=10.0, callback=told.append)
+    assert told[-1].nfe == int(name[-1])  # one step, accepted
+    plan = make_plan(higher, VP, timesteps=nodes)
+    torch.testing.assert_close(x, run_plan(plan, gaussian(VP), X_T), rtol=1e-12, atol=1e-12)
+
+
+def test_a_rejected_step_keeps_its_first_call():
+    times = []
+    model = gaussian(VP)
+    counted = EpsModel(lambda x, t: times.append(float(t[0])) or model.net(x, t), VP, "v")
+    sample(counted, "dpm-adaptive-12", x_T=X_T, rtol=1e-4, atol=1e-4, h_init=5.0)
+    assert times.count(1.0) == 1
+    assert times[2] > times[1]  # the second try is a shorter step
+    assert len(set(times)) == len(times)
+
+
+def test_a_hopeless_step_underflows():
+    noisy = EpsModel(lambda x, t: torch.randn_like(x), VP)  # no step is short enough
+    with pytest.raises(SamplingError, match=r"stopped at t=.*: underflow in the step size"):
+        sample(noisy, "dpm-adaptive-12", x_T=X_T, rtol=1e-14, atol=1e-14)
+
+
+def test_the_papers_tolerance_takes_few_calls(exact):
+    told = []
+    x = sample(exact(VP), "dpm-adaptive-23", x_T=X_T[:, :2], callback=told.append)
+    assert told[-1].nfe < 70
+    assert (x - sample(exact(VP), "rk45", x_T=X_T[:, :2], rtol=1e-9, atol=1e-9)).abs().max() < 0.05
+
+
+# SciPy -----------------------------------------------------------------------------------------------------------
+
+
+def test_lsoda_turns_to_implicit_steps_where_the_problem_is_stiff():
+    spread = EpsModel(lambda x, t: 3e3 * (x - torch.sin(20 * t)[:, None]), VP)
+    told = []
+    x = sample(spread, "scipy-lsoda", x_T=X_T, timesteps=[0.6, 0.4], rtol=1e-6, atol=1e-6, callback=told.append)
+    assert x.isfinite().all()
+    assert told[-1].nfe < 2000  # an explicit method needs about as many steps as the stiffness is large
+    assert (x - x.mean()).abs().max() < 1e-3
+
+
+def test_lsoda_needs_memory_for_the_state_not_for_its_square():
+    x_T = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tracemalloc.start()
+    x = sample(gaussian(VP), "scipy-lsoda", x_T=x_T, rtol=1e-4, atol=1e-4)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    torch.testing.assert_close(x, solution(VP, x_T, VP.t_min), rtol=0, atol=1e-3)
+    assert most < 300 * x_T.numel() * 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,10 @@ from samplers.grid import GRIDS, Grid, from_sigmas, from_timesteps, make_grid
 
 VP, FLOW, EDM = schedules.vp_linear(), schedules.flow(), schedules.edm()
 DISCRETE = schedules.from_betas(np.linspace(1e-4, 0.02, 1000))
-NEED_A_FINITE_START = {"logsnr", "exponential", "karras", "edm"}
+SD = schedules.from_betas(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)  # Stable Diffusion's, 1.5 and XL
+SVD = schedules.edm(0.002, 700.0)
+NEED_A_FINITE_START = {"logsnr", "exponential", "karras", "edm", "time-uniform", "time-quadratic"}
+PUBLISHED_FOR = {"ays": SD, "ays-sdxl": SD, "ays-svd": SVD}
 
 on_every_schedule = pytest.mark.parametrize(
     "schedule", ["vp_linear", "cosine", "edm", "flow", "discrete", "zero_snr"], indirect=True
@@ -25,18 +29,24 @@ on_every_schedule = pytest.mark.parametrize(
 @pytest.mark.parametrize("name", GRIDS)
 def test_named_grids(schedule, name):
     if schedule.alpha(schedule.t_max) == 0 and name in NEED_A_FINITE_START:
-        with pytest.raises(ValueError, match=r"grid '.*' needs a finite log-SNR at t_max, .*'uniform'"):
+        with pytest.raises(ValueError, match=r"grid .* needs a finite log-SNR at t_max, .*'uniform'"):
             make_grid(schedule, name, 5)
         return
+    if name in PUBLISHED_FOR:
+        with pytest.raises(
+            ValueError, match=f"grid '{name}' is published for schedule .*; this one is '{schedule.name}'"
+        ):
+            make_grid(schedule, name, 5)
+        schedule = PUBLISHED_FOR[name]
     for final, steps in itertools.product([None, *grids.FINALS], [1, 2, 10, 100]):
         grid = make_grid(schedule, name, steps, final)
-        ends = final or GRIDS[name][1]
+        ends = final or GRIDS[name].final
         points = grid.t if ends == "t_min" else grid.t[:-1]
         assert grid.steps == steps + (ends == "denoise")
         assert (np.diff(grid.t) < 0).all()
         if name != "leading" and (name, len(points)) != ("linspace", 1):  # these two are as in diffusers
             assert grid.t[0] == schedule.t_max
-        if name not in ("sgm", "trailing") and len(points) > 1:
+        if name != "trailing" and not (GRIDS[name].replaces and ends == "zero") and len(points) > 1:
             assert points[-1] == pytest.approx(schedule.t_min, rel=1e-9, abs=1e-9)
         assert points[-1] >= schedule.t_min
         if ends != "t_min":
@@ -57,6 +67,8 @@ def equal_steps(values):
         ("logsnr", lambda s, t: s.lam(t)),
         ("exponential", lambda s, t: np.log(s.sigma_bar(t))),
         ("karras", lambda s, t: s.sigma_bar(t) ** (1 / 7)),
+        ("time-uniform", lambda s, t: vp_time(s, t)),
+        ("time-quadratic", lambda s, t: vp_time(s, t) ** 0.5),
         ("linspace", None),
     ],
 )
@@ -69,15 +81,49 @@ def test_spacing(schedule, name, straight):
         np.testing.assert_allclose(index, np.linspace(999, 0, 21).round(), atol=1e-9)
 
 
-def test_rho_changes_the_spacing():
-    points = make_grid(EDM, lambda s, n: grids.karras(s, n, rho=3.0), 10).t
-    assert equal_steps(points ** (1 / 3))
-    assert equal_steps(make_grid(VP, lambda s, n: grids.polynomial(s, n, rho=3.0), 10).t ** (1 / 3))
+def vp_time(schedule, t):
+    """The time of sigma_bar on the VP schedule with linear beta that has the same ends, by fitting its two parameters."""
+    decay = np.log1p(schedule.sigma_bar(np.array([schedule.t_max, schedule.t_min])) ** 2)  # beta_min u + beta_d u^2 / 2
+    low, spread = np.linalg.solve([[1.0, 0.5], [1e-3, 0.5e-6]], decay)
+    return [np.roots([0.5 * spread, low, -d]).real.max() for d in np.log1p(schedule.sigma_bar(t) ** 2)] * np.ones(
+        len(t)
+    )
+
+
+@pytest.mark.parametrize("rho", [0.5, 1, 3.0])
+def test_rho_changes_the_spacing(rho):
+    assert equal_steps(make_grid(EDM, grids.power(rho), 10).t ** (1 / rho))
+    assert equal_steps(make_grid(VP, grids.power(rho, of="t"), 10).t ** (1 / rho))
+    np.testing.assert_allclose(  # on a VP schedule its own time is VP time
+        make_grid(VP, grids.power(rho, of="vp_time"), 10).t, make_grid(VP, grids.power(rho, of="t"), 10).t, rtol=1e-9
+    )
+
+
+def test_known_grids_are_powers():
+    for name, points in (
+        ("karras", grids.power(7)),
+        ("quadratic", grids.power(2, of="t")),
+        ("time-uniform", grids.power(1, of="vp_time")),
+        ("time-quadratic", grids.power(2, of="vp_time")),
+    ):
+        np.testing.assert_array_equal(make_grid(EDM, name, 6).t, make_grid(EDM, points, 6).t)
+    np.testing.assert_allclose(make_grid(VP, "uniform", 6).t, make_grid(VP, grids.power(1, of="t"), 6).t)
+
+
+def test_vp_time_on_edm_is_that_of_published_code():
+    # beta_d and beta_min for sigma 0.002 .. 80 and epsilon_s = 1e-3 by the formulas of EDM (arXiv:2206.00364, appendix C.1.1)
+    low, high = math.log(0.002**2 + 1), math.log(80.0**2 + 1)
+    beta_d = 2 * (low / 1e-3 - high) / (1e-3 - 1)
+    u = (1 + np.arange(8) / 7 * (1e-3**0.5 - 1)) ** 2
+    sigma = np.sqrt(np.exp(0.5 * beta_d * u**2 + (high - 0.5 * beta_d) * u) - 1)
+    np.testing.assert_allclose(make_grid(EDM, "time-quadratic", 7).t, sigma, rtol=1e-9)
 
 
 def test_edm_and_sgm_end_at_clean_data():
     np.testing.assert_array_equal(make_grid(EDM, "edm", 5).t, [*make_grid(EDM, "karras", 4).t, 0.0])
     np.testing.assert_allclose(make_grid(DISCRETE, "sgm", 3).t, [999.0, 666.0, 333.0, -1.0])
+    np.testing.assert_allclose(make_grid(DISCRETE, "sgm", 3, "t_min").t, [999.0, 666.0, 333.0, 0.0])
+    np.testing.assert_allclose(make_grid(DISCRETE, "sgm", 3, "denoise").t, [999.0, 666.0, 333.0, 0.0, -1.0])
 
 
 def test_beta_grid_has_beta_quantiles():
@@ -87,21 +133,108 @@ def test_beta_grid_has_beta_quantiles():
     np.testing.assert_allclose(beta.cdf(t, 0.6, 0.6), np.linspace(1, 0, 11), atol=1e-9)
 
 
+def theirs(name, spacing, n, **options):
+    import diffusers
+
+    scheduler = getattr(diffusers, name)(num_train_timesteps=1000, timestep_spacing=spacing, **options)
+    scheduler.set_timesteps(n)
+    return scheduler.timesteps.tolist()
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
-@pytest.mark.parametrize("steps", [1, 5, 7, 10, 50, 999, 1000])
-def test_discrete_conventions_are_those_of_diffusers(spacing, steps):
-    from diffusers import DDIMScheduler
+def test_discrete_conventions_are_those_of_diffusers(spacing):
+    longer = 0
+    for n in range(1, 1001):
+        expected = theirs("DDIMScheduler", spacing, n)
+        if len(expected) > n:  # rounding of T / n lets them step past the end, to a time of -1
+            assert expected[n:] == [-1]
+            longer += 1
+        assert make_grid(DISCRETE, spacing, n).t[:-1].tolist() == expected[:n]
+        along = (make_grid(FLOW, spacing, n).t[:-1] - FLOW.t_min) / (FLOW.t_max - FLOW.t_min) * 999
+        np.testing.assert_allclose(along, expected[:n], atol=1e-9)
+    assert longer == (62 if spacing == "trailing" else 0)
 
-    scheduler = DDIMScheduler(num_train_timesteps=1000, timestep_spacing=spacing)
-    scheduler.set_timesteps(steps)
-    assert make_grid(DISCRETE, spacing, steps).t[:-1].tolist() == scheduler.timesteps.tolist()
-    along = (make_grid(FLOW, spacing, steps).t[:-1] - FLOW.t_min) / (FLOW.t_max - FLOW.t_min) * 999
-    np.testing.assert_allclose(along, scheduler.timesteps, atol=1e-9)
+
+@pytest.mark.parity
+@pytest.mark.parametrize("n", [*range(1, 1001, 37), 61, 999, 1000])
+def test_other_schedulers_of_diffusers(n):
+    for spacing, points in (("leading", grids.leading), ("trailing", grids.trailing)):
+        assert points(DISCRETE, n).tolist() == theirs("EulerDiscreteScheduler", spacing, n)[:n]
+    # Euler's linspace is not rounded: uniform in t
+    np.testing.assert_allclose(
+        grids.uniform(DISCRETE, n)[: n - 1], theirs("EulerDiscreteScheduler", "linspace", n)[: n - 1]
+    )
+    name = "DPMSolverMultistepScheduler"
+    assert grids.trailing(DISCRETE, n).tolist() == theirs(name, "trailing", n)[:n]
+    if n < 1000:  # its leading and linspace are those of n + 1 without the last
+        assert grids.leading(DISCRETE, n + 1)[:-1].tolist() == theirs(name, "leading", n)
+        assert grids.linspace(DISCRETE, n + 1)[:-1].tolist() == theirs(name, "linspace", n)
 
 
+@pytest.mark.parity
 def test_leading_takes_an_offset():
-    assert make_grid(DISCRETE, lambda s, n: grids.leading(s, n, offset=1), 3).t.tolist() == [751.0, 501.0, 251.0, 1.0]
+    points = partial(grids.leading, offset=1)
+    for n in (1, 3, 50, 333, 999):
+        assert make_grid(DISCRETE, points, n, "zero").t[:-1].tolist() == theirs(
+            "DDIMScheduler", "leading", n, steps_offset=1
+        )
+    assert theirs("DDIMScheduler", "leading", 1000, steps_offset=1)[0] == 1000  # a step that does not exist
+    with pytest.raises(ValueError, match=r"time 1000 is outside \[0, 999\]"):
+        make_grid(DISCRETE, points, 1000, "zero")
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "model"), [("ays", "StableDiffusion"), ("ays-sdxl", "StableDiffusionXL")])
+def test_align_your_steps(name, model):
+    from diffusers.schedulers import AysSchedules
+
+    steps = AysSchedules[f"{model}Timesteps"]
+    assert make_grid(SD, name, 10).t.tolist() == [*steps, -1.0]
+    assert make_grid(SD, name, 10, "t_min").t.tolist() == [*steps, 0.0]
+    # their sigmas have three digits, and the smallest of XL is off by 1.4 %
+    np.testing.assert_allclose(SD.sigma_bar(make_grid(SD, name, 10).t), AysSchedules[f"{model}Sigmas"], rtol=0.015)
+
+
+def loglinear(levels, n):
+    return np.exp(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(levels)), np.log(levels)))
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10, 25])
+@pytest.mark.parametrize("name", PUBLISHED_FOR)
+def test_align_your_steps_at_other_lengths(name, steps):
+    schedule = PUBLISHED_FOR[name]
+    expected = loglinear(schedule.sigma_bar(make_grid(schedule, name, 10, "t_min").t), steps + 1)
+    for final, ends in (("t_min", expected), ("zero", [*expected[:-1], 0.0]), ("denoise", [*expected, 0.0])):
+        np.testing.assert_allclose(
+            schedule.sigma_bar(make_grid(schedule, name, steps, final).t), ends, rtol=1e-9, atol=1e-15
+        )
+
+
+@pytest.mark.parity
+def test_align_your_steps_of_video():
+    from diffusers.schedulers import AysSchedules
+
+    assert make_grid(SVD, "ays-svd", 10).t.tolist() == AysSchedules["StableDiffusionVideoSigmas"]
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "message"),
+    [
+        ("ays", DISCRETE, "schedule 'discrete' of 1000 training steps .* 14.6146 to 0.0291672; this .* from 157"),
+        ("ays", schedules.from_betas(np.linspace(0.00085**0.5, 0.012**0.5, 500) ** 2), "of 1000 training steps"),
+        ("ays-sdxl", EDM, "grid 'ays-sdxl' is published for schedule 'discrete'"),
+        ("ays-svd", EDM, "grid 'ays-svd' is published for schedule 'edm' with sigma_bar from 700 to 0.002"),
+        (
+            "time-uniform",
+            schedules.edm(1.0, 80.0),
+            "grids in VP time need a schedule that reaches less noise: .* 0.693 at",
+        ),
+    ],
+)
+def test_schedules_a_grid_is_not_for(name, schedule, message):
+    with pytest.raises(ValueError, match=message):
+        make_grid(schedule, name, 5)
 
 
 def test_node_values_are_the_schedules():
@@ -117,6 +250,61 @@ def test_a_function_is_a_grid():
     assert table.tolist() == [1.0, 0.5, 0.25]
 
 
+POINTS = {"t": [1.0, 0.6, 0.5, 0.01], "sigma_bar": [100.0, 4.0, 1.0, 0.02], "lam": [-4.0, -1.0, 0.0, 3.0]}
+
+
+@pytest.mark.parametrize("of", POINTS)
+def test_from_points(of):
+    points, values = grids.from_points(POINTS[of], of=of), np.array(POINTS[of])
+    seen = {"t": lambda t: t, "sigma_bar": VP.sigma_bar, "lam": VP.lam}[of]
+    np.testing.assert_allclose(seen(make_grid(VP, points, 3).t), values, rtol=0 if of == "t" else 1e-9, atol=1e-12)
+    np.testing.assert_allclose(seen(make_grid(VP, points, 3, "denoise").t[:-1]), values, rtol=1e-9, atol=1e-12)
+    finer = seen(make_grid(VP, points, 6).t)  # a node half way between each two, in that variable
+    np.testing.assert_allclose(finer[::2], values, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(finer[1::2], (values[1:] + values[:-1]) / 2, rtol=1e-9, atol=1e-12)
+    for steps in (1, 2, 5, 100):
+        ends = seen(make_grid(VP, points, steps).t[[0, -1]])
+        np.testing.assert_allclose(ends, values[[0, -1]], rtol=1e-9, atol=1e-12)
+    assert make_plan("dpmpp-2m", VP, nfe=7, grid=points).nfe == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0, 0.5], "sigma"), "unknown of 'sigma'; did you mean 'sigma_bar'"),
+        (([1.0],), "values needs at least 2 values"),
+        (([1.0, math.nan],), "values must be finite, got nan"),
+        (([1.0, 0.5, 0.5],), r"values of t must decrease strictly: values\[1\]=0.5, values\[2\]=0.5"),
+        (([1.0, 2.0], "sigma_bar"), r"values of sigma_bar must decrease strictly: values\[0\]=1, values\[1\]=2"),
+        (([2.0, 1.0, 0.0], "sigma_bar"), "values of sigma_bar must be positive, got 0; a step to 0 is final='zero'"),
+        (([1.0, 0.0], "lam"), r"values of lam must rise strictly: values\[0\]=1, values\[1\]=0"),
+    ],
+)
+def test_bad_points(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        grids.from_points(*arguments)
+
+
+def test_points_outside_the_schedule():
+    with pytest.raises(ValueError, match=r"time 80 is outside \[0.001, 1\]"):
+        make_grid(VP, grids.from_points([80.0, 0.5]), 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.0,), "rho must be positive and finite, got 0"),
+        ((-1,), "rho must be positive and finite, got -1"),
+        ((math.nan,), "rho must be positive and finite, got nan"),
+        ((True,), "rho must be positive and finite, got True"),
+        ((2.0, "sigma"), "unknown of 'sigma'; did you mean 'sigma_bar'"),
+    ],
+)
+def test_bad_powers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        grids.power(*arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -129,6 +317,7 @@ def test_a_function_is_a_grid():
         ((lambda s, n: np.full(n, math.nan), 2), "must be finite: node 0 is nan"),
         ((lambda s, n: np.linspace(1.0, 0.1, 7), 2), r"must give 3 times, got shape \(7,\)"),
         ((lambda s, n: [], 2), r"must give 3 times, got shape \(0,\)"),
+        (("uniform", 0, "zero"), "steps must be at least 1, got 0"),
     ],
 )
 def test_bad_grids(arguments, message):

@@ -150,7 +150,7 @@ def test_the_table_says_what_there_is():
     for s in entries:
         assert s.order >= 1
         assert s.calls >= 1
-        assert s.stochastic in ("no", "yes", "eta", "s_churn")
+        assert s.stochastic in ("no", "yes", "eta", "s_churn", "tau")
         assert s.grid in ("uniform", "quadratic", "logsnr", "karras", "edm")
         assert s.reference
         assert s.family
@@ -173,7 +173,7 @@ def test_an_adaptive_sampler_has_no_plan():
 
 BAD_BOTH = [
     (("dpmp-2m",), {"steps": 5}, ValueError, "unknown sampler 'dpmp-2m'; did you mean 'dpmpp-2m'"),
-    (("????",), {"steps": 5}, ValueError, r"unknown sampler '\?\?\?\?'; accepted: ddim, ddpm"),
+    (("????",), {"steps": 5}, ValueError, r"unknown sampler '\?\?\?\?'; accepted: .*ddim, ddpm"),
     (("ddim",), {}, ValueError, "give exactly one of steps, nfe, timesteps and sigmas, got none"),
     (("ddim",), {"steps": 5, "nfe": 5}, ValueError, "give exactly one of .* got steps, nfe"),
     (("rk45",), {"steps": 5, "nfe": 5}, ValueError, "give exactly one of .* got steps, nfe"),

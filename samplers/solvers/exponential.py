@@ -1,4 +1,4 @@
-"""Exponential integrators in lam: the DPM-Solver and DPM-Solver++ families.
+"""Exponential singlestep methods in lam: DPM-Solver and DPM-Solver++ of orders 1 to 3.
 
 The exact solution over a step of length h in lam is (Lu et al. 2022, arXiv:2206.00927, equation 3.4, and arXiv:2211.01095,
 equation 8)
@@ -12,11 +12,12 @@ sign of z and the roles of alpha and sigma differ. A step to sigma = 0 has h inf
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 
-from samplers.draft import Draft, step_orders
+from samplers.draft import Draft
 from samplers.errors import unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
@@ -45,19 +46,18 @@ class _Steps:
             h = np.diff(grid.lam)
         self.grid, self.sign = grid, 1.0 if prediction == "eps" else -1.0
         self.finite = np.isfinite(h)
-        self.h_array = np.where(self.finite, h, 1.0)
-        self.h: list[float] = self.h_array.tolist()
+        self.h = np.where(self.finite, h, 1.0)
         self.state_by, self.scale_by = (grid.alpha, grid.sigma) if prediction == "eps" else (grid.sigma, grid.alpha)
         self.scale: list[float] = self.scale_by[1:].tolist()
 
     def psi(self, k: int, fraction: float = 1.0) -> list[float]:
         """psi_k over `fraction` of every step."""
-        return psi(k, self.sign * fraction * self.h_array).tolist()
+        return psi(k, self.sign * fraction * self.h).tolist()
 
     def inner(self, fraction: float) -> _Inner:
         """The points at `fraction` of every step in lam."""
         start = np.where(self.finite, self.grid.lam[:-1], 0.0)
-        t = self.grid.schedule.t_of_lam(start + fraction * self.h_array)
+        t = self.grid.schedule.t_of_lam(start + fraction * self.h)
         alpha, sigma = self.grid.schedule.alpha(t), self.grid.schedule.sigma(t)
         top, scale = (alpha, sigma) if self.sign > 0 else (sigma, alpha)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -101,10 +101,10 @@ def singlestep(
             1/2, or 1/3 and 2/3. A step of order 3 loses an order with any other r2.
         orders: the order of each step, 1 to `order`; None: `order` everywhere. Lower steps use their default inner point.
     """
-    _check_solver_type(solver_type)
+    check_solver_type(solver_type)
     p, s = Draft(grid, prediction), _Steps(grid, prediction)
-    by_step = _orders(grid, order, orders)
-    inner = {k: _inner_fractions(k, r1 if k == order else None, r2 if k == order else None) for k in set(by_step)}
+    by_step = checked_orders(grid, order, orders)
+    inner = {k: inner_fractions(k, r1 if k == order else None, r2 if k == order else None) for k in set(by_step)}
     writers = {k: _WRITERS[k](p, s, inner[k], solver_type) for k in inner if k > 1}
     x = p.x
     for i in p.steps:
@@ -164,38 +164,6 @@ def _third_order(p: Draft, s: _Steps, fractions: tuple[float, ...], solver_type:
 _WRITERS = {2: _second_order, 3: _third_order}
 
 
-def multistep(
-    grid: Grid, *, prediction: str, solver_type: str = "midpoint", lower_order_final: bool | int = 15
-) -> Plan:
-    """DPM-Solver-2M (eps) and DPM-Solver++(2M) (x0): the slope comes from the step before, one call a step.
-
-    Lu et al. 2022, arXiv:2211.01095, algorithm 2.
-
-    Args:
-        grid: the nodes.
-        prediction: "eps" or "x0".
-        solver_type: "midpoint", `psi_1 / 2` on the difference; "heun" or "taylor" (the same), `psi_2`.
-        lower_order_final: whether the last step is first order; an int n means "where there are fewer than n steps".
-    """
-    _check_solver_type(solver_type)
-    if not isinstance(lower_order_final, int) or lower_order_final < 0:
-        raise ValueError(f"lower_order_final must be True, False or a step count, got {lower_order_final!r}")
-    p, s = Draft(grid, prediction), _Steps(grid, prediction)
-    psi_1 = s.psi(1)
-    second = [0.5 * value for value in psi_1] if solver_type == "midpoint" else s.psi(2)
-    orders = step_orders(p.steps, 2, lower_order_final)
-    x, before = p.x, ""
-    for i, order in zip(p.steps, orders, strict=True):
-        out = p.evaluate(x, i)
-        if order == 1 or p.sigma[i + 1] == 0:
-            x = p.first_order(i, x, out)
-        else:
-            slope = s.scale[i] * second[i] * s.h[i] / s.h[i - 1]
-            x = p.combine(i + 1, (x, p.transfer(i)[0]), (out, -s.scale[i] * psi_1[i] - slope), (before, slope))
-        before = out
-    return p.plan()
-
-
 def mixed_orders(order: int, calls: int) -> list[int]:
     """Step orders that spend exactly `calls` network calls: as many full steps as fit, then one or two lower ones.
 
@@ -206,17 +174,30 @@ def mixed_orders(order: int, calls: int) -> list[int]:
     return [order] * (calls // order) + ([calls % order] if calls % order else [])
 
 
-def _orders(grid: Grid, order: int, orders: Sequence[int] | None) -> list[int]:
+def checked_orders(grid: Grid, order: int, orders: Sequence[int] | None) -> list[int]:
+    """The order of each step: given, or `order` everywhere.
+
+    Raises:
+        ValueError: not one integer from 1 to `order` for each step.
+    """
     if orders is None:
         return [order] * grid.steps
-    if len(orders) != grid.steps or any(isinstance(k, bool) or k not in range(1, order + 1) for k in orders):
-        raise ValueError(
-            f"orders must be {grid.steps} integers from 1 to {order}, one for each step, got {list(orders)}"
-        )
-    return list(orders)
+    given = list(orders) if isinstance(orders, Sequence) else []
+    if len(given) != grid.steps or any(isinstance(k, bool) or k not in range(1, order + 1) for k in given):
+        raise ValueError(f"orders must be {grid.steps} integers from 1 to {order}, one for each step, got {orders!r}")
+    return given
 
 
-def _inner_fractions(order: int, r1: float | None, r2: float | None) -> tuple[float, ...]:
+def inner_fractions(order: int, r1: float | None, r2: float | None) -> tuple[float, ...]:
+    """The inner points of a step as fractions of it: given, or by default 1/2 (order 2), 1/3 and 2/3 (order 3).
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: not 0 < r1 < r2 <= 1.
+    """
+    for name, value in (("r1", r1), ("r2", r2)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"{name} must be a number or None, got {value!r}")
     if order == 1:
         return ()
     if order == 2:
@@ -230,6 +211,7 @@ def _inner_fractions(order: int, r1: float | None, r2: float | None) -> tuple[fl
     return r1, r2
 
 
-def _check_solver_type(solver_type: str) -> None:
+def check_solver_type(solver_type: str) -> None:
+    """Raise ValueError for an unknown solver_type."""
     if solver_type not in _SOLVER_TYPES:
         raise unknown("solver_type", solver_type, _SOLVER_TYPES)

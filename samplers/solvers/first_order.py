@@ -1,4 +1,4 @@
-"""First-order samplers: DDPM, DDIM, Euler, Euler ancestral; and Heun's method, which builds on Euler.
+"""First-order samplers: DDPM, DDIM, Euler; and Heun's method, which builds on Euler.
 
 All of them are written for the state x in epsilon. With `sigma_bar = sigma / alpha` the probability-flow ODE is
 `d(x / alpha) / d sigma_bar = eps` (Song et al. 2021, arXiv:2010.02502, equation 14), so a step of Euler's method is
@@ -8,9 +8,10 @@ All of them are written for the state x in epsilon. With `sigma_bar = sigma / al
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from samplers.draft import Draft
-from samplers.errors import unknown
+from samplers.errors import check_amount, unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
 
@@ -48,7 +49,7 @@ def ddim(grid: Grid, *, eta: float = 0.0) -> Plan:
 
     Song et al. 2021, arXiv:2010.02502, equations 12 and 16.
     """
-    _check_eta(eta)
+    check_amount("eta", eta)
     p = Draft(grid, "eps")
     x = p.x
     for i in p.steps:
@@ -89,30 +90,17 @@ def euler(grid: Grid, *, variable: str = "sigma_bar") -> Plan:
     return p.plan()
 
 
-def euler_ancestral(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Plan:
-    """Euler's method down to a lower noise level, then noise back up, in `x / alpha` against `sigma_bar`.
+class Level(NamedTuple):
+    """A point in time, as `Draft.evaluate_at` takes it."""
 
-    k-diffusion's `get_ancestral_step`: `sigma_up = min(sigma', eta sigma' sqrt(1 - (sigma'/sigma)^2))`,
-    `sigma_down = sqrt(sigma'^2 - sigma_up^2)` in sigma_bar.
+    t: float
+    alpha: float
+    sigma: float
 
-    Args:
-        grid: the nodes.
-        eta: amount of noise, at least 0; 0 is Euler.
-        s_noise: factor on the noise's standard deviation.
-    """
-    _check_eta(eta)
-    if not 0 <= s_noise < math.inf:
-        raise ValueError(f"s_noise must be finite and at least 0, got {s_noise}")
-    p = Draft(grid, "eps")
-    x = p.x
-    for i in p.steps:
-        now, after = p.sigma[i] / p.alpha[i], p.sigma[i + 1] / p.alpha[i + 1]
-        up = min(after, eta * after * math.sqrt(1.0 - (after / now) ** 2))
-        down = math.sqrt(after**2 - up**2)
-        out = p.evaluate(x, i)
-        scale = p.alpha[i + 1]
-        x = p.combine(i + 1, (x, scale / p.alpha[i]), (out, scale * (down - now)), (p.noise(), scale * up * s_noise))
-    return p.plan()
+
+def node_level(p: Draft, i: int) -> Level:
+    """Node i of the grid."""
+    return Level(p.t[i], p.alpha[i], p.sigma[i])
 
 
 def heun(grid: Grid) -> Plan:
@@ -123,17 +111,17 @@ def heun(grid: Grid) -> Plan:
     p = Draft(grid, "eps")
     x = p.x
     for i in p.steps:
-        out = p.evaluate(x, i)
-        if p.sigma[i + 1] == 0:
-            x = p.first_order(i, x, out)
-            continue
-        state, slope = p.transfer(i)
-        predicted = p.combine(None, (x, state), (out, slope))
-        again = p.evaluate(predicted, i + 1)
-        x = p.combine(i + 1, (predicted, 1.0), (out, -0.5 * slope), (again, 0.5 * slope))
+        x = heun_step(p, x, node_level(p, i), node_level(p, i + 1), i + 1)
     return p.plan()
 
 
-def _check_eta(eta: float) -> None:
-    if not 0 <= eta < math.inf:
-        raise ValueError(f"eta must be finite and at least 0, got {eta}")
+def heun_step(p: Draft, x: str, start: Level, end: Level, node: int | None) -> str:
+    """One step of Heun's method between any two levels, Euler's where it ends at sigma = 0; `node` as in `Draft.combine`."""
+    ratio = end.alpha / start.alpha
+    slope = end.sigma - start.sigma * ratio
+    out = p.evaluate_at(x, *start)
+    if end.sigma == 0:
+        return p.combine(node, (x, ratio), (out, slope))
+    predicted = p.combine(None, (x, ratio), (out, slope))
+    again = p.evaluate_at(predicted, *end)
+    return p.combine(node, (predicted, 1.0), (out, -0.5 * slope), (again, 0.5 * slope))

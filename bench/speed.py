@@ -1,0 +1,320 @@
+"""Cost of a sampler's own arithmetic: per step against diffusers' scheduler of the same method and against the memory floor.
+
+The network is a null one that returns prepared tensors, so what is timed is the update: Python, allocation and memory
+traffic. Both sides run the same number of steps with the same threads in one process, in turn, and medians are compared,
+because the clock of a shared machine drifts. Stochastic methods draw their noise from torch's generator on both sides.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from samplers import EpsModel, Plan, make_plan, run_plan, schedules
+from samplers.program import Sum
+
+SHAPES = ((1, 4, 8, 8), (64, 3, 32, 32), (16, 4, 128, 128))
+STEPS = 20
+_BETAS = torch.linspace(1e-4, 0.02, 1000)
+SCHEDULE = schedules.from_betas(_BETAS)
+
+
+class Method(NamedTuple):
+    """A sampler of ours and the scheduler of diffusers that implements the same method."""
+
+    sampler: str
+    options: dict[str, Any]
+    scheduler: str
+    settings: dict[str, Any]
+
+
+def _multistep(**settings: Any) -> tuple[str, dict[str, Any]]:
+    return "DPMSolverMultistepScheduler", settings
+
+
+METHODS = (
+    Method("ddpm", {}, "DDPMScheduler", {"clip_sample": False}),
+    Method("ddim", {}, "DDIMScheduler", {"clip_sample": False}),
+    Method("euler", {}, "EulerDiscreteScheduler", {}),
+    Method("euler-ancestral", {}, "EulerAncestralDiscreteScheduler", {}),
+    Method("heun", {}, "HeunDiscreteScheduler", {}),
+    Method("dpm2", {}, "KDPM2DiscreteScheduler", {}),
+    Method("dpm2-ancestral", {}, "KDPM2AncestralDiscreteScheduler", {}),
+    Method("dpm-solver-2m", {}, *_multistep(algorithm_type="dpmsolver", final_sigmas_type="sigma_min")),
+    Method("dpmpp-2m", {}, *_multistep()),
+    Method("dpmpp-3m", {}, *_multistep(solver_order=3)),
+    Method("dpmpp-2m-sde", {}, *_multistep(algorithm_type="sde-dpmsolver++")),
+    Method("dpmpp-2s", {}, "DPMSolverSinglestepScheduler", {"solver_order": 2}),
+    Method("dpmpp-3s", {}, "DPMSolverSinglestepScheduler", {"solver_order": 3}),
+    Method("unipc-2", {}, "UniPCMultistepScheduler", {"solver_order": 2}),
+    Method("unipc-3", {}, "UniPCMultistepScheduler", {"solver_order": 3}),
+    Method("deis-3", {}, "DEISMultistepScheduler", {"solver_order": 3}),
+    Method("pndm", {}, "PNDMScheduler", {}),
+    Method("lms-4", {}, "LMSDiscreteScheduler", {}),
+    Method("ipndm-4", {}, "IPNDMScheduler", {}),
+    Method("sa-solver", {}, "SASolverScheduler", {}),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one shape; times in microseconds for each network call, medians, with half the interquartile range.
+
+    Attributes:
+        sampler, scheduler: the two sides.
+        shape: of the state.
+        ours, ours_spread: of `run_plan`, everything in it included.
+        theirs, theirs_spread: of diffusers' loop over `step` and `scale_model_input`, `set_timesteps` not included.
+        ratio: theirs / ours.
+        floor: the bytes our plan must move over the bandwidth of a copy that cycles over as many buffers as it holds.
+        over_floor: ours / floor.
+        registers: tensors of the state's size that the plan holds, besides the start.
+        one_call: deterministic, with one network call a step.
+    """
+
+    sampler: str
+    scheduler: str
+    shape: str
+    ours: float
+    ours_spread: float
+    theirs: float
+    theirs_spread: float
+    ratio: float
+    floor: float
+    over_floor: float
+    registers: int
+    one_call: bool
+
+
+def measure(
+    methods: Sequence[Method] = METHODS,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
+    device: str = "cpu",
+    seconds: float = 1.0,
+) -> Iterator[Row]:
+    """Measure every method at every shape.
+
+    Args:
+        methods: of `METHODS`.
+        shapes: of states.
+        device: of torch.
+        seconds: of timing for each method and shape, both sides together.
+    """
+    for shape in shapes:
+        for method in methods:
+            yield _row(method, shape, torch.device(device), seconds)
+
+
+def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: float) -> Row:
+    x_T = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    outputs = _cycle([torch.randn(shape).to(device) for _ in range(6)])
+    plan = make_plan(method.sampler, SCHEDULE, steps=STEPS, grid="linspace", **method.options)
+    model = EpsModel(lambda x, t: next(outputs), SCHEDULE)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def noise(k: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device)
+
+    scheduler = _scheduler(method, device)
+    calls = len(scheduler.timesteps)
+    takes_generator = "generator" in scheduler.step.__code__.co_varnames
+    extra = {"generator": generator} if takes_generator else {}
+
+    @torch.no_grad()
+    def theirs() -> float:
+        again, x = _scheduler(method, device), x_T
+        return _timed(device, lambda: _follow(again, x, outputs, extra))
+
+    def ours() -> float:
+        return _timed(device, lambda: run_plan(plan, model, x_T, noise_source=noise))
+
+    mine, other = _alternate(ours, theirs, seconds)
+    loop_floor = _floor(plan, x_T) / plan.nfe
+    (a, a_spread), (b, b_spread) = _centre(mine, plan.nfe), _centre(other, calls)
+    return Row(
+        method.sampler,
+        method.scheduler,
+        "x".join(map(str, shape)),
+        *(a, a_spread, b, b_spread),
+        b / a,
+        loop_floor,
+        a / loop_floor,
+        _program_registers(plan),
+        not plan.stochastic and plan.nfe <= plan.steps + 1,
+    )
+
+
+def _scheduler(method: Method, device: torch.device) -> Any:
+    import diffusers
+
+    scheduler = getattr(diffusers, method.scheduler)(
+        **({} if method.scheduler == "IPNDMScheduler" else {"trained_betas": _BETAS.numpy()}), **method.settings
+    )
+    scheduler.set_timesteps(STEPS, device=device)
+    return scheduler
+
+
+def _follow(scheduler: Any, x: Tensor, outputs: Iterator[Tensor], extra: dict[str, Any]) -> Tensor:
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(next(outputs), t, x, **extra).prev_sample
+    return x
+
+
+def _cycle(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    while True:
+        yield from tensors
+
+
+def _timed(device: torch.device, run: Callable[[], object]) -> float:
+    """Microseconds of one run; by CUDA events on a GPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return 1e3 * start.elapsed_time(end)
+    began = time.perf_counter()
+    run()
+    return 1e6 * (time.perf_counter() - began)
+
+
+def _alternate(a: Callable[[], float], b: Callable[[], float], seconds: float) -> tuple[list[float], list[float]]:
+    """Measure two runs in turn, at least five times each after one that does not count."""
+    a(), b()
+    first, second, began = list[float](), list[float](), time.perf_counter()
+    while len(first) < 5 or time.perf_counter() - began < seconds:
+        first.append(a())
+        second.append(b())
+    return first, second
+
+
+def _centre(values: Sequence[float], calls: int) -> tuple[float, float]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return middle / calls, (high - low) / 2 / calls
+
+
+def bytes_moved(plan: Plan, state_bytes: int, converted: bool = True) -> int:
+    """Bytes a plan must move on an epsilon-network: each sum reads its terms and writes its result, once.
+
+    Args:
+        plan: whose.
+        state_bytes: of one state.
+        converted: whether a conversion to x0 (two reads and a write) counts.
+    """
+    passes = 0
+    for step in plan.program(tuple(call.kind == "eps" for call in plan.calls)).code:
+        if isinstance(step, Sum):
+            passes += len(step.terms) + 1
+        elif step.dst >= 0 and converted:
+            passes += 3
+    return passes * state_bytes
+
+
+def _program_registers(plan: Plan) -> int:
+    return plan.program(tuple(call.kind == "eps" for call in plan.calls)).registers
+
+
+def _floor(plan: Plan, x: Tensor) -> float:
+    """Microseconds that the plan's bytes take at the bandwidth of a copy over as many buffers as it holds."""
+    size = x.numel() * x.element_size()
+    return bytes_moved(plan, size) / copy_bandwidth(x, _program_registers(plan) + 1)
+
+
+def copy_bandwidth(like: Tensor, buffers: int, seconds: float = 0.05) -> float:
+    """Bytes a microsecond of a copy that goes round over a number of buffers: read and write both count."""
+    ring = [torch.empty_like(like).fill_(k) for k in range(max(2, buffers))]
+
+    def lap() -> None:
+        for k, source in enumerate(ring):
+            ring[(k + 1) % len(ring)].copy_(source)
+
+    times, began = [_timed(like.device, lap)], time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - began < seconds:
+        times.append(_timed(like.device, lap))
+    return 2 * like.numel() * like.element_size() * len(ring) / statistics.median(times[1:])
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """Images/s of a network through a sampler over images/s of the bare network for each call.
+
+    Attributes:
+        sampler, batch: what ran.
+        compile: "" or "graph".
+        bare: milliseconds of one bare call, median.
+        sampled: milliseconds of a run for each call, median.
+        efficiency: bare / sampled.
+    """
+
+    sampler: str
+    batch: int
+    compile: str
+    bare: float
+    sampled: float
+    efficiency: float
+
+
+@torch.no_grad()
+def end_to_end(
+    samplers: Sequence[str] = ("ddim", "dpmpp-2m", "unipc-3"),
+    batches: Sequence[int] | None = None,
+    device: str = "cpu",
+    seconds: float = 3.0,
+) -> Iterator[EndToEnd]:
+    """How much of a U-Net's speed is left when a sampler drives it, ten steps, 28 x 28 pixels.
+
+    Args:
+        samplers: registered names.
+        batches: batch sizes, by default 1 and 256 on CUDA, where 1 runs also as a CUDA graph, and 1 and 16 elsewhere.
+        device: of torch.
+        seconds: of timing for each cell.
+    """
+    from distill.network import PatchUNet
+
+    network = PatchUNet()
+    shape = network.shape
+    place = torch.device(device)
+    network = network.to(place).eval()
+    model = EpsModel(network, SCHEDULE)
+    for batch in batches or ((1, 256) if place.type == "cuda" else (1, 16)):
+        x = torch.randn((batch, *shape), device=place)
+        t = torch.full((batch,), 500.0, device=place)
+        for name in samplers:
+            plan = make_plan(name, SCHEDULE, steps=10)
+            for how in (None, "graph") if place.type == "cuda" and batch == 1 else (None,):
+                bare_run = _graphed(network, x, t) if how else lambda x=x, t=t: [network(x, t) for _ in range(10)]
+                bare, sampled = _alternate(
+                    lambda run=bare_run: _timed(place, run),  # type: ignore[misc]
+                    lambda plan=plan, x=x, how=how: _timed(place, lambda: run_plan(plan, model, x, compile=how)),  # type: ignore[misc]
+                    seconds,
+                )
+                one = statistics.median(bare) / 10 / 1e3
+                each = statistics.median(sampled) / plan.nfe / 1e3
+                yield EndToEnd(name, batch, how or "", one, each, one / each)
+
+
+def _graphed(network: nn.Module, x: Tensor, t: Tensor) -> Callable[[], None]:
+    """Ten bare calls as one CUDA graph, the fair rival of a graph of the whole loop."""
+    side = torch.cuda.Stream(x.device)
+    side.wait_stream(torch.cuda.current_stream(x.device))
+    with torch.cuda.stream(side):
+        network(x, t)
+    torch.cuda.current_stream(x.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            network(x, t)
+    return graph.replay
+
+
+def as_dict(row: Row | EndToEnd) -> dict[str, Any]:
+    """A row with numbers rounded to what a timing can carry."""
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in asdict(row).items()}

@@ -1,0 +1,99 @@
+"""The grid sweep: exact ends of trajectories, the rows it makes, and what it makes of them."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bench.grid_sweep import SCHEDULES, Problem, deterministic_samplers, main, markdown, ratios, sweep
+from samplers import EpsModel, make_plan, sample
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_solutions_are_converged(name):
+    schedule = SCHEDULES[name]
+    problem = Problem(schedule, dim=2, samples=4)
+    model = EpsModel(problem.mixture.net(schedule), schedule)
+    x_T = schedule.sigma(schedule.t_max) * problem.noise
+    torch.testing.assert_close(
+        problem.solution[False], sample(model, "rk45", x_T=x_T, rtol=1e-9, atol=1e-9), rtol=1e-6, atol=1e-6
+    )
+    # clean data: what is left from t_min on is the curvature of x0 over the last step, of second order in sigma_bar
+    last = (problem.solution[True] - model.x0(problem.solution[False], schedule.t_min)).abs().max()
+    assert 0 < last < 20 * schedule.sigma_bar(schedule.t_min) ** 2
+    errors = [problem.rmse(make_plan("dpmpp-2m", schedule, steps=n, grid="logsnr")) for n in (100, 400)]
+    assert errors[1] < errors[0] / 10 < 1e-3
+    assert problem.rmse(make_plan("dpmpp-2m", schedule, steps=400, grid="logsnr", final="zero")) < 1e-3
+
+
+def test_deterministic_samplers():
+    names = deterministic_samplers()
+    assert {"ddim", "heun", "dpmpp-2m", "dpm-solver-3s"} <= set(names)
+    assert not {"ddpm", "euler-ancestral", "rk45"} & set(names)
+
+
+def test_rows():
+    problem = Problem(SCHEDULES["vp_linear"], dim=2, samples=2)
+    rows = sweep(["ddim", "dpm-solver-1", "heun"], ["uniform", "ays", "edm"], [1, 4], [problem])
+    cells = rows.set_index(["sampler", "grid", "nfe"])
+    assert "ays" not in set(rows["grid"])  # not for this schedule
+    assert ("heun", "uniform", 1) not in cells.index  # its step takes two calls
+    assert cells.loc[("heun", "uniform", 4), "calls"] == 4
+    assert cells.loc[("heun", "edm", 4), ["calls", "steps"]].tolist() == [3, 2]  # the last step takes one
+    assert cells.loc[("ddim", "edm", 4), "rmse"] == cells.loc[("dpm-solver-1", "edm", 4), "rmse"]
+    assert (rows["rmse"] > 0).all()
+
+
+def cell(sampler, grid, nfe, rmse):
+    return {"sampler": sampler, "grid": grid, "schedule": "edm", "dim": 2, "nfe": nfe, "rmse": rmse}
+
+
+ROWS = pd.DataFrame(
+    [
+        *(cell("ddim", "uniform", 5, 0.2), cell("ddim", "uniform", 10, 0.2)),
+        *(cell("ddim", "karras", 5, 0.1), cell("ddim", "karras", 10, 0.8)),
+        *(cell("ddim", "logsnr", 5, math.inf), cell("ddim", "logsnr", 10, 0.2)),
+        *(cell("heun", "karras", 5, 1.0), cell("heun", "karras", 10, 0.1), cell("heun", "uniform", 10, 0.01)),
+    ]
+)
+
+
+def test_ratios_are_geometric_means_over_the_best():
+    table = ratios(ROWS)
+    assert table.loc["ddim", "uniform"] == pytest.approx(2**0.5)
+    assert table.loc["ddim", "karras"] == pytest.approx(2.0)
+    assert table.loc["ddim", "logsnr"] == math.inf
+    assert table.loc["heun", "karras"] == pytest.approx(10**0.5)
+    assert math.isnan(table.loc["heun", "uniform"])  # not in every cell
+
+
+def test_summary():
+    text = markdown(ROWS)
+    assert "| ddim | uniform | 1.41 | karras | 2 | uniform | 1.41 | karras | uniform |" in text
+    assert "| heun | karras | 3.16 |  |  | karras | 3.16 | karras | uniform |" in text
+
+
+def test_command(tmp_path):
+    arguments = [
+        "--samplers",
+        "ddim,heun",
+        "--grids",
+        "uniform,karras",
+        "--schedules",
+        "edm",
+        "--nfe",
+        "5",
+        "--dim",
+        "2",
+    ]
+    done = CliRunner().invoke(main, [*arguments, "--samples", "2", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert len(pd.read_csv(tmp_path / "gmm.csv")) == 4
+    assert "| ddim |" in (tmp_path / "gmm.md").read_text()
+    wrong = CliRunner().invoke(main, ["--grids", "karas"])
+    assert wrong.exit_code == 2
+    assert "unknown grid 'karas'; did you mean 'karras'" in " ".join(wrong.output.replace("│", " ").split())

@@ -1,0 +1,77 @@
+"""What `fewstep speed` counts and writes; how fast anything is belongs to its results, not to a test."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from bench import speed
+from bench.cli import main
+from samplers import EpsModel, make_plan, run_plan
+from samplers.registry import SAMPLERS
+
+
+def test_every_method_exists_on_both_sides():
+    import diffusers
+
+    for method in speed.METHODS:
+        SAMPLERS[method.sampler].check_options(method.options)
+        assert hasattr(diffusers, method.scheduler)
+
+
+def test_bytes_of_known_plans():
+    def passes(name, steps=10):
+        return speed.bytes_moved(make_plan(name, speed.SCHEDULE, steps=steps, grid="uniform"), 1)
+
+    assert passes("ddim") == 10 * 3  # state and output in, state out
+    assert passes("ddpm") == 10 * 4  # and a noise
+    # a conversion (3) each; sums of 2 inputs first and last, else of 3
+    assert passes("dpmpp-2m") == 10 * 3 + 2 * 3 + 8 * 4
+
+
+@pytest.mark.parametrize(
+    "method", [m for m in speed.METHODS if SAMPLERS[m.sampler].stochastic == "no"], ids=lambda m: m.sampler
+)
+def test_both_sides_do_the_same_work(method):
+    """As many network calls on each side, to one: what is compared is one method, on the settings of the table."""
+    plan = make_plan(method.sampler, speed.SCHEDULE, steps=speed.STEPS, grid="linspace", **method.options)
+    calls = len(speed._scheduler(method, torch.device("cpu")).timesteps)
+    assert abs(calls - plan.nfe) <= 1 or method.sampler in CALLS_DIFFER
+    model = EpsModel(lambda x, t: torch.zeros_like(x), speed.SCHEDULE)
+    assert run_plan(plan, model, torch.ones(2, 3)).isfinite().all()
+
+
+# diffusers counts calls as steps in its singlestep solver
+CALLS_DIFFER = {"dpmpp-2s", "dpmpp-3s"}
+
+
+def test_bandwidth_is_positive_and_finite():
+    assert 0 < speed.copy_bandwidth(torch.ones(4, 8), 3, seconds=0.0) < 1e9
+
+
+def test_command_writes_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "SHAPES", ((2, 3),))
+    monkeypatch.setattr(speed.measure, "__defaults__", (speed.METHODS, ((2, 3),), "cpu", 0.0))
+    monkeypatch.setattr(speed.end_to_end, "__defaults__", (("ddim",), (1,), "cpu", 0.0))
+    out = tmp_path / "speed"
+    done = CliRunner().invoke(main, ["speed", "--samplers", "ddim,unipc-3,ddpm", "--seconds", "0", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "UniPC at least" in done.output
+    table = pd.read_csv(out / "table.csv")
+    assert table["sampler"].tolist() == ["ddpm", "ddim", "unipc-3"]
+    assert (table[["ours", "theirs", "ratio", "floor", "over_floor"]] > 0).all().all()
+    assert table["one_call"].tolist() == [False, True, True]
+    assert (out / "table.md").read_text().startswith("# Cost of a sampler's own arithmetic")
+    assert (out / "speed.png").stat().st_size > 1000
+    assert pd.read_csv(out / "end_to_end.csv")["efficiency"].gt(0).all()
+    assert json.loads((out / "provenance.json").read_text())["threads"] >= 1
+
+
+def test_unknown_method_is_offered_the_closest():
+    done = CliRunner().invoke(main, ["speed", "--samplers", "unipc3"])
+    assert done.exit_code == 2
+    assert "unknown method 'unipc3'; did you mean 'unipc-3'" in done.output
