@@ -23,7 +23,7 @@ from bench.mixture import GaussianMixture
 from bench.store import write_text
 from samplers import EpsModel, Plan, list_samplers, make_plan, run_plan, schedules
 from samplers.errors import unknown
-from samplers.grid import GRIDS, make_grid
+from samplers.grid import GRIDS, allows
 from samplers.registry import get_sampler
 from samplers.schedule import Schedule
 
@@ -157,7 +157,7 @@ def _rows(
     samplers: Sequence[str], grids: Sequence[str], budgets: Sequence[int], problems: Sequence[Trajectories]
 ) -> Iterator[dict[str, Any]]:
     for problem in problems:
-        for grid in (name for name in grids if _allows(problem.schedule, name)):
+        for grid in (name for name in grids if allows(problem.schedule, name)):
             for sampler in samplers:
                 for nfe in budgets:
                     try:
@@ -166,13 +166,6 @@ def _rows(
                         continue
                     row = {"sampler": sampler, "grid": grid, "schedule": problem.schedule.name, "dim": problem.dim}
                     yield {**row, "nfe": nfe, "calls": plan.nfe, "steps": plan.steps, "rmse": problem.rmse(plan)}
-
-
-def _allows(schedule: Schedule, grid: str) -> bool:
-    try:
-        return make_grid(schedule, grid, 4).steps == 4
-    except ValueError:
-        return False
 
 
 def ratios(rows: pd.DataFrame) -> pd.DataFrame:

@@ -70,10 +70,14 @@ def _cell(model: BenchModel, spec: SamplerSpec, nfe: int, role: str) -> Cell:
     if get_sampler(spec.sampler).adaptive:
         return Cell(spec, nfe, role, None)
     try:
-        plan = make_plan(spec.sampler, model.model.schedule, nfe=nfe, grid=spec.grid, final=spec.final, **spec.options)
+        plan = make_plan(spec.sampler, model.model.schedule, nfe=nfe, **_settings(spec))
     except (ValueError, TypeError) as error:  # the row says why, and the other cells are measured
         return Cell(spec, nfe, role, None, str(error))
     return Cell(spec, nfe, role, plan)
+
+
+def _settings(spec: SamplerSpec) -> dict[str, Any]:
+    return {"grid": spec.grid, "final": spec.final, "afs": spec.afs, **spec.options}
 
 
 def run_suite(suite: Suite, model: BenchModel, out: Path, device: str, console: Console) -> list[Row]:
@@ -134,6 +138,7 @@ def _identity(cell: Cell, suite: Suite, model: BenchModel, device: str) -> Row:
         "options": dict(cell.spec.options),
         "grid": cell.spec.grid or get_sampler(cell.spec.sampler).grid_on(model.model.schedule),
         "final": cell.spec.final or "",
+        "afs": cell.spec.afs,
         "budget": cell.nfe,
         "plan_hash": plan_hash,
         "num_samples": suite.num_samples,
@@ -208,11 +213,9 @@ def _sample_batch(cell: Cell, suite: Suite, model: BenchModel, indices: Tensor, 
         seed=suite.seed,
         indices=indices,
         nfe=cell.nfe,
-        grid=spec.grid,
-        final=spec.final,
         callback=report,
         cond=model.cond(indices),
-        **spec.options,
+        **_settings(spec),
     )
     return x0.cpu()
 

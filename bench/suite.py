@@ -26,7 +26,7 @@ class SamplerSpec(_Strict):
     Attributes:
         sampler: registered name.
         label: how the table calls it; by default the sampler's name.
-        grid, final: as in `make_plan`; None is the sampler's recommended grid and the grid's own end.
+        grid, final, afs: as in `make_plan`; None is the sampler's recommended grid and the grid's own end.
         options: the sampler's own.
     """
 
@@ -34,6 +34,7 @@ class SamplerSpec(_Strict):
     label: str = ""
     grid: str | None = None
     final: str | None = None
+    afs: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("sampler")

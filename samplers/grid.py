@@ -186,6 +186,15 @@ def make_grid(schedule: Schedule, grid: str | Points, steps: int, final: str | N
     return Grid(schedule, t)
 
 
+def allows(schedule: Schedule, grid: str | Points) -> bool:
+    """Whether a schedule allows a grid: "logsnr" needs a finite start, "ays" the schedule it was published for."""
+    try:
+        make_grid(schedule, grid, 1)
+    except ValueError:
+        return False
+    return True
+
+
 def from_timesteps(schedule: Schedule, timesteps: Nodes) -> Grid:
     """A grid from explicit times in the schedule's own time, end included.
 

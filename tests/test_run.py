@@ -17,7 +17,7 @@ from bench import run as bench_run
 from bench.cli import main
 from bench.report import write_results
 from bench.run import resolve, run_suite
-from bench.suite import Suite
+from bench.suite import SamplerSpec, Suite, load_suite
 from bench.table import markdown, notes, winners
 from bench.zoo import load_model
 
@@ -193,3 +193,12 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, number):
     columns = ["label", "budget", "nfe", "value", "low", "high"]
     resumed, whole = (pd.read_csv(folder / "table.csv")[columns] for folder in (out, tmp_path / "whole"))
     pd.testing.assert_frame_equal(resumed, whole)
+
+
+def test_a_row_may_ask_for_the_analytical_first_step():
+    suite = load_suite("gmm").changed(["ddim"], nfe=[5])
+    spared = suite.model_copy(update={"samplers": (SamplerSpec(sampler="ddim", afs=True),)})
+    model = load_model("gmm")
+    (cell, _), (other, _) = resolve(spared, model), resolve(suite, model)
+    assert cell.plan.nfe == other.plan.nfe == 5
+    assert (cell.plan.steps, other.plan.steps) == (6, 5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from samplers import EpsModel, list_samplers, make_plan, run_plan, sample, schedules
+from samplers.grid import GRIDS
 from samplers.noise import standard_normal
 
 VP, EDM, FLOW = schedules.vp_linear(), schedules.edm(), schedules.flow()
@@ -67,8 +68,8 @@ def test_sample_runs_the_plan_it_names(exact, name):
 def test_explicit_grids_are_the_named_ones():
     plan = make_plan("heun", VP, steps=6)
     assert plan == make_plan("heun", VP, timesteps=plan.times)
-    assert plan == make_plan("heun", VP, steps=6, grid="karras")
-    assert make_plan("dpmpp-2m", VP, nfe=6) == make_plan("dpmpp-2m", VP, steps=6, grid="logsnr", final="t_min")
+    assert plan == make_plan("heun", VP, steps=6, grid="time-uniform")
+    assert make_plan("dpmpp-2m", VP, nfe=6) == make_plan("dpmpp-2m", VP, steps=6, grid="time-quadratic", final="t_min")
     edm = make_plan("heun", EDM, steps=6, grid="edm")
     assert edm.close(make_plan("heun", EDM, sigmas=edm.times))
     assert edm.nfe == 11  # Karras et al. 2022: 2 N - 1
@@ -78,6 +79,13 @@ def test_recommended_grid_is_used():
     for name in FIXED:
         assert make_plan(name, VP, steps=5) == make_plan(name, VP, steps=5, grid=entry(name).grid)
         assert make_plan(name, FLOW, steps=5) == make_plan(name, FLOW, steps=5, grid="uniform")  # alpha = 0 at t = 1
+
+
+def test_a_recommended_grid_that_a_schedule_does_not_allow_gives_way():
+    noisy = schedules.from_alphas_cumprod(np.linspace(0.9, 0.1, 10))  # it has no VP time: too much noise at its end
+    assert make_plan("ddim", noisy, steps=3) == make_plan("ddim", noisy, steps=3, grid="logsnr")
+    with pytest.raises(ValueError, match="grids in VP time need a schedule that reaches less noise"):
+        make_plan("ddim", noisy, steps=3, grid="time-uniform")
 
 
 def test_conditions_and_noise_source_are_handed_on():
@@ -151,7 +159,7 @@ def test_the_table_says_what_there_is():
         assert s.order >= 1
         assert s.calls >= 1
         assert s.stochastic in ("no", "yes", "eta", "s_churn", "tau")
-        assert s.grid in ("uniform", "quadratic", "logsnr", "karras", "edm")
+        assert s.grid in GRIDS
         assert s.reference
         assert s.family
         assert s.stochastic in ("no", "yes") or s.stochastic in s.options

@@ -57,6 +57,7 @@ def test_the_reference_is_also_scipys(problems):
 # a start of lower order shows on some of the grids, or the order on finer ones: in the tests of their families
 TESTED_WITH_THEIR_START = (
     "dpmpp-3m",
+    "dpmpp-3m-sde",
     "eab-3",
     "eab-4",
     "unipc-3",
@@ -363,7 +364,7 @@ def test_budget_is_spent_on_full_steps(name, nfe, expected):
 def test_mixed_orders_take_steps_as_long_as_their_calls():
     uniform = make_plan("dpm-solver-3s", VP, nfe=11, grid="uniform")
     np.testing.assert_allclose(np.diff(uniform.times) / (VP.t_min - VP.t_max) * 11, [3, 3, 3, 2], rtol=1e-12)
-    logsnr = make_plan("dpm-solver-3s", VP, nfe=11)
+    logsnr = make_plan("dpm-solver-3s", VP, nfe=11, grid="logsnr")
     lengths = np.diff(VP.lam(np.array(logsnr.times)))
     np.testing.assert_allclose(lengths, lengths[0], rtol=1e-9)
 
@@ -371,7 +372,9 @@ def test_mixed_orders_take_steps_as_long_as_their_calls():
 def test_orders_are_taken_as_given():
     plan = make_plan("dpm-solver-3s", VP, steps=4, orders=[1, 3, 2, 3])
     assert orders_of(plan) == [1, 3, 2, 3]
-    assert make_plan("dpm-solver-3s", VP, steps=4, orders=[1] * 4).close(make_plan("ddim", VP, steps=4, grid="logsnr"))
+    assert make_plan("dpm-solver-3s", VP, steps=4, orders=[1] * 4).close(
+        make_plan("ddim", VP, steps=4, grid="time-quadratic")
+    )
     assert make_plan("dpm-solver-3s", VP, steps=4, orders=[2] * 4).close(make_plan("dpm-solver-2s", VP, steps=4))
     assert make_plan("dpm-solver-3s", VP, steps=4, orders=[3] * 4) == make_plan("dpm-solver-3s", VP, steps=4)
     assert make_plan("dpm-solver-2s", VP, nfe=8, orders=[2] * 4) == make_plan("dpm-solver-2s", VP, steps=4)
