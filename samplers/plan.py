@@ -51,21 +51,23 @@ class Plan:
         for i, step in enumerate(self.instructions):
             if isinstance(step, Evaluate):
                 used: tuple[str, ...] = (step.src,)
-                finite = math.isfinite(step.t + step.alpha + step.sigma)
+                numbers: tuple[float, ...] = (step.t, step.alpha, step.sigma)
             else:
-                used = tuple(name for name, _ in step.terms)
-                finite = all(math.isfinite(coefficient) for _, coefficient in step.terms)
-                for name in used:
-                    if name == f"z{noises}":
-                        known.add(name)
-                        noises += 1
+                used, numbers = zip(*step.terms, strict=True) if step.terms else ((), ())
                 if step.node is not None and not 1 <= step.node <= self.steps:
                     raise PlanError(f"instructions[{i}].node: must be 1 to {self.steps}, got {step.node}")
-            if not finite:
+            # one sum is quicker than a look at each, and only ever too careful
+            if not math.isfinite(sum(numbers)) and not all(map(math.isfinite, numbers)):
                 raise PlanError(f"instructions[{i}]: not finite: {step}")
-            if not known.issuperset(used):
-                raise PlanError(f"instructions[{i}]: uses {sorted(set(used) - known)[0]!r} before it exists")
-            if not used or len(set(used)) < len(used):
+            distinct = set(used)
+            if not known.issuperset(distinct):
+                for name in used:
+                    if name == f"z{noises}" and isinstance(step, Combine):
+                        known.add(name)
+                        noises += 1
+                if not known.issuperset(distinct):
+                    raise PlanError(f"instructions[{i}]: uses {sorted(distinct - known)[0]!r} before it exists")
+            if len(distinct) < max(len(used), 1):
                 raise PlanError(f"instructions[{i}]: must use at least one name, and each once, got {list(used)}")
             if step.dst in known or step.dst[:1] in ("", "z"):
                 why = "a second time" if step.dst in known else "but names with z are for noises and none is empty"
