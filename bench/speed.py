@@ -113,8 +113,9 @@ def measure(
 
 def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: float) -> Row:
     x_T = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    outputs = _cycle([torch.randn(shape).to(device) for _ in range(6)])
     plan = make_plan(method.sampler, SCHEDULE, steps=STEPS, grid="linspace", **method.options)
+    # no more outputs than the plan holds at a time, as a real network's allocator would give out the same memory again
+    outputs = _cycle([torch.randn(shape).to(device) for _ in range(max(2, _program_registers(plan) - 1))])
     model = EpsModel(lambda x, t: next(outputs), SCHEDULE)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -153,6 +154,7 @@ def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: 
 def _scheduler(method: Method, device: torch.device) -> Any:
     import diffusers
 
+    diffusers.utils.logging.set_verbosity_error()  # it warns of each setting it changes, once a run
     scheduler = getattr(diffusers, method.scheduler)(
         **({} if method.scheduler == "IPNDMScheduler" else {"trained_betas": _BETAS.numpy()}), **method.settings
     )
