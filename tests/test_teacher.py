@@ -231,7 +231,7 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str
 
 
 def test_the_shipped_settings_are_the_defaults_written_out() -> None:
-    assert load_config(MNIST_CONFIG) == TeacherConfig(images=1_640_000)
+    assert load_config(MNIST_CONFIG) == TeacherConfig(images=2_920_000)
     written = yaml.safe_load(MNIST_CONFIG.read_text())
     assert list(written) == [f.name for f in dataclasses.fields(TeacherConfig)]
 
