@@ -1,8 +1,9 @@
-"""The command line: `fewstep bench`, `fewstep samplers`, `fewstep train`."""
+"""The command line: `fewstep bench`, `samplers`, `certify`, `speed` and `train`."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -66,7 +67,7 @@ def bench(
 
     changes = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "model": model}
     budgets = None if nfe is None else _integers("--nfe", nfe)
-    chosen = [] if samplers is None else [name.strip() for name in samplers.split(",") if name.strip()]
+    chosen = [] if samplers is None else _names(samplers)
     resolved = load_suite(suite).changed(chosen, nfe=budgets, **changes)
     folder = out or Path("results") / f"{resolved.name}-{resolved.num_samples}"
     _measure(resolved, folder, device, dtype)
@@ -105,36 +106,37 @@ def _measure(suite: Any, folder: Path, device: str, dtype: str) -> None:
 @main.command()
 @click.option("--samplers", help="Registered names, separated by commas; by default all.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("results/certificates"), show_default=True, help="Folder."
+    "--out", type=click.Path(path_type=Path), help="Folder; by default results/certificates, -part for a part."
 )
 @click.option("--quick", is_flag=True, help="One schedule and one grid, short runs: a look, not a certificate.")
 @_plain_errors
-def certify(samplers: str | None, out: Path, quick: bool) -> None:
-    """Certify order of convergence, parity with diffusers and equalities of every sampler; exit code 1 if one fails."""
+def certify(samplers: str | None, out: Path | None, quick: bool) -> None:
+    """Certify order, parity with diffusers and equalities of every sampler.
+
+    Takes about three minutes for all of them; exit code 1 if a certificate fails.
+    """
     from rich.console import Console
 
     from bench.certify.report import certify as run
 
-    names = [] if samplers is None else [name.strip() for name in samplers.split(",") if name.strip()]
-    if not run(names, out, quick, Console()):
+    names = None if samplers is None else _names(samplers)
+    folder = out or Path("results/certificates" + ("-part" if quick or names else ""))
+    if not run(names or (), folder, quick, Console()):
         raise SystemExit(1)
 
 
 @main.command(name="samplers")
 def list_all() -> None:
-    """List every sampler with its order, calls for each step, options and reference."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """List every sampler with its order, calls for each step, grid, options and reference."""
     from samplers import list_samplers
 
-    table = Table(title="samplers")
-    table.add_column("name", no_wrap=True)
-    for column in ("order", "stochastic", "calls/step", "options", "reference"):
-        table.add_column(column)
     for s in list_samplers():
-        table.add_row(s.name, str(s.order), s.stochastic, str(s.calls), ", ".join(s.options), s.reference)
-    Console().print(table)
+        noise = {"yes": "stochastic", "no": "deterministic"}.get(s.stochastic, f"stochastic by {s.stochastic}")
+        click.echo(f"{s.name}: order {s.order}, {s.calls} call{'s'[: s.calls > 1]} a step, {noise}, grid {s.grid}")
+        if s.options:
+            options = ", ".join(f"{name}={default!r}" for name, default in s.options.items())
+            click.echo(textwrap.fill(options, 78, initial_indent="    ", subsequent_indent="    "))
+        click.echo(f"    {s.reference}")
 
 
 @main.command()
@@ -147,9 +149,11 @@ def list_all() -> None:
     help="Of timing for each method and shape.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("results/speed"), show_default=True)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder; by default results/speed, -part for a part, -cuda."
+)
 @_plain_errors
-def speed(samplers: str | None, seconds: float, device: str, out: Path) -> None:
+def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -> None:
     """Measure the samplers' own cost against diffusers' schedulers and the memory floor."""
     from rich.console import Console
     from rich.progress import track
@@ -158,16 +162,20 @@ def speed(samplers: str | None, seconds: float, device: str, out: Path) -> None:
     from bench.speed_report import write_speed
     from samplers.errors import unknown
 
-    chosen = [m.sampler for m in METHODS] if samplers is None else [name.strip() for name in samplers.split(",")]
+    known = [method.sampler for method in METHODS]
+    chosen = known if samplers is None else _names(samplers)
     for name in chosen:
-        if name not in [m.sampler for m in METHODS]:
-            raise unknown("method", name, [m.sampler for m in METHODS])
+        if name not in known:
+            raise unknown("method", name, known)
     device, console = _checked_device(device), Console()
-    methods = [m for m in METHODS if m.sampler in chosen]
-    cells = measure(methods, device=device, seconds=seconds)
+    part = ("-part" if samplers else "") + ("" if device == "cpu" else f"-{device.split(':')[0]}")
+    folder = out or Path(f"results/speed{part}")
+    methods = [method for method in METHODS if method.sampler in chosen]
+    cells = measure(methods, SHAPES, device, seconds)
     rows = list(track(cells, "speed", total=len(SHAPES) * len(methods), console=console))
-    console.print(write_speed(rows, list(end_to_end(device=device, seconds=seconds)), out, device), soft_wrap=True)
-    console.print(f"table and plot: {out}", highlight=False, soft_wrap=True)
+    write_speed(rows, (), folder, device)  # kept whatever becomes of the rest
+    console.print(write_speed(rows, list(end_to_end(device=device, seconds=seconds)), folder, device), soft_wrap=True)
+    console.print(f"table and plot: {folder}", highlight=False, soft_wrap=True)
 
 
 @main.command()
@@ -198,6 +206,13 @@ def train(data: Path, config: Path | None, images: int | None, out: Path, init: 
         click.echo(f"\nstopped; the same command goes on from the last checkpoint in {out}", err=True)
         raise SystemExit(_INTERRUPTED) from None
     click.echo(json.dumps(trainer.log[-1]))
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"--samplers takes names separated by commas, got {text!r}")
+    return names
 
 
 def _integers(option: str, text: str) -> list[int]:

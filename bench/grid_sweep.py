@@ -6,6 +6,7 @@ sampler's and the grid's alone. A grid keeps its own end: where that is clean da
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.mixture import GaussianMixture
+from bench.provenance import machine
 from bench.store import write_text
 from samplers import EpsModel, Plan, list_samplers, make_plan, run_plan, schedules
 from samplers.errors import unknown
@@ -29,7 +31,7 @@ from samplers.schedule import Schedule
 
 SCHEDULES: dict[str, Schedule] = {s.name: s for s in (schedules.vp_linear(), schedules.cosine(), schedules.edm())}
 CELL = ["schedule", "dim", "nfe"]
-_OUT = Path(__file__).parent.parent / "results" / "grids"
+_OUT = Path("results/grids")
 _TOLERANCE = 1e-10
 
 
@@ -220,7 +222,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _chosen(option: str, text: str | None, known: Sequence[str]) -> list[str]:
-    names = list(known) if text is None else text.split(",")
+    names = list(known) if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
             raise click.BadParameter(str(unknown(option, name, known)))
@@ -239,7 +241,9 @@ def _chosen(option: str, text: str | None, known: Sequence[str]) -> list[str]:
 @click.option(
     "--model", type=click.Choice(["gmm", "mnist"]), default="gmm", show_default=True, help="mnist has its own schedule."
 )
-@click.option("--out", type=click.Path(path_type=Path), default=_OUT, help="Folder of MODEL.csv and MODEL.md.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=_OUT, show_default=True, help="Folder of MODEL.csv and MODEL.md."
+)
 def main(
     samplers: str | None,
     grids: str | None,
@@ -261,6 +265,8 @@ def main(
     title = "Grids on Gaussian mixtures" if model == "gmm" else "Grids on the shipped MNIST model"
     write_text(out / f"{model}.csv", rows.to_csv(index=False, float_format="%.6g"))
     write_text(out / f"{model}.md", markdown(rows, title))
+    made = {"samples": samples, **machine("cpu")}
+    write_text(out / f"{model}.provenance.json", json.dumps(made, indent=1) + "\n")
     click.echo(f"{len(rows)} cells: {out / f'{model}.csv'}, {out / f'{model}.md'}")
 
 

@@ -54,7 +54,9 @@ METHODS = (
     Method("dpmpp-3s", {}, "DPMSolverSinglestepScheduler", {"solver_order": 3}),
     Method("unipc-2", {}, "UniPCMultistepScheduler", {"solver_order": 2}),
     Method("unipc-3", {}, "UniPCMultistepScheduler", {"solver_order": 3}),
-    Method("deis-3", {}, "DEISMultistepScheduler", {"solver_order": 3}),
+    Method(
+        "eab-3", {"predict": "eps"}, "DEISMultistepScheduler", {"solver_order": 3}
+    ),  # its polynomial is in log sigma
     Method("pndm", {}, "PNDMScheduler", {}),
     Method("lms-4", {}, "LMSDiscreteScheduler", {}),
     Method("ipndm-4", {}, "IPNDMScheduler", {}),
@@ -203,20 +205,19 @@ def _centre(values: Sequence[float], calls: int) -> tuple[float, float]:
     return middle / calls, (high - low) / 2 / calls
 
 
-def bytes_moved(plan: Plan, state_bytes: int, converted: bool = True) -> int:
+def bytes_moved(plan: Plan, state_bytes: int) -> int:
     """Bytes a plan must move on an epsilon-network: each sum reads its terms and writes its result, once.
 
     Args:
         plan: whose.
         state_bytes: of one state.
-        converted: whether a conversion to x0 (two reads and a write) counts.
     """
     passes = 0
     for step in plan.program(tuple(call.kind == "eps" for call in plan.calls)).code:
         if isinstance(step, Sum):
             passes += len(step.terms) + 1
-        elif step.dst >= 0 and converted:
-            passes += 3
+        elif step.dst >= 0:
+            passes += 3  # a conversion to x0 reads two and writes one
     return passes * state_bytes
 
 

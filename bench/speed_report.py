@@ -19,7 +19,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73")
 
 def write_speed(rows: Sequence[Row], whole: Sequence[EndToEnd], out: Path, device: str) -> str:
     """Write the files into `out`; returns the summary that the terminal shows."""
-    summary = summarise(rows)
+    summary = "\n".join([summarise(rows), *(_whole(row) for row in whole)])
     columns = [
         "sampler",
         "shape",
@@ -49,22 +49,26 @@ def write_speed(rows: Sequence[Row], whole: Sequence[EndToEnd], out: Path, devic
     return summary
 
 
+def _whole(row: EndToEnd) -> str:
+    how = f" as one {row.compile}" if row.compile else ""
+    return f"- U-Net through {row.sampler}, batch {row.batch}{how}: {row.efficiency:.3f} of the bare network's images/s"
+
+
 def summarise(rows: Sequence[Row]) -> str:
-    """The figures that matter, one line a shape."""
+    """The figures that matter for each shape: geometric mean and least ratio to diffusers, and the worst over the floor."""
     lines = []
     for shape in dict.fromkeys(row.shape for row in rows):
         mine = [row for row in rows if row.shape == shape]
         mean = statistics.geometric_mean(row.ratio for row in mine)
         least = min(mine, key=lambda row: row.ratio)
-        line = f"{shape}: diffusers / ours {mean:.1f} (geometric mean of {len(mine)} methods)"
-        line += f", least {least.ratio:.2f} ({least.sampler})"
+        line = f"{shape}: diffusers / ours {mean:.1f} (mean of {len(mine)}), least {least.ratio:.2f} ({least.sampler})"
         unipc = [row.ratio for row in mine if row.sampler.startswith("unipc")]
         if unipc:
-            line += f", UniPC at least {min(unipc):.1f}"
+            line += f", UniPC {min(unipc):.1f}"
         single = [row for row in mine if row.one_call]
         if single:
             worst = max(single, key=lambda row: row.over_floor)
-            line += f"; over the memory floor at most {worst.over_floor:.2f} ({worst.sampler}) of {len(single)} one-call methods"
+            line += f"\n  over the memory floor, {len(single)} one-call methods: at most {worst.over_floor:.2f} ({worst.sampler})"
         lines.append("- " + line)
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 from samplers.grid import Grid
 from samplers.plan import Plan
@@ -24,14 +25,14 @@ class Draft:
         first_step: whether to write that step; False for a method that is defined there.
 
     Attributes:
-        t, alpha, sigma, lam: node values as Python floats.
+        t, alpha, sigma: node values as Python floats.
         steps: the indices of the steps a solver has to write.
         x: the state it begins with.
     """
 
     def __init__(self, grid: Grid, prediction: str, *, first_step: bool = True) -> None:
         self.grid, self.prediction = grid, prediction
-        self.t, self.alpha, self.sigma, self.lam = (a.tolist() for a in (grid.t, grid.alpha, grid.sigma, grid.lam))
+        self.t, self.alpha, self.sigma = (a.tolist() for a in (grid.t, grid.alpha, grid.sigma))
         self._instructions: list[Instruction] = []
         self._outputs = self._states = self._drawn = 0
         self._noises: dict[str, str] = {}
@@ -96,12 +97,12 @@ def step_orders(steps: Sequence[int], order: int, lower_order_final: bool | int)
     Args:
         steps: the step indices the method writes.
         order: k, the method's own.
-        lower_order_final: whether orders fall again at the end; an int n means "where N < n".
+        lower_order_final: whether orders fall again at the end; an int n means "where N < n", N the steps the method writes.
 
     Raises:
         ValueError: lower_order_final is none of these.
     """
-    if not isinstance(lower_order_final, int) or lower_order_final < 0:
+    if not isinstance(lower_order_final, Integral) or lower_order_final < 0:
         raise ValueError(f"lower_order_final must be True, False or a step count, got {lower_order_final!r}")
     n = len(steps)
     lower = n < lower_order_final if not isinstance(lower_order_final, bool) else lower_order_final

@@ -26,7 +26,8 @@ class LearnedPlan(nn.Module):
     Attributes:
         coefficients: every coefficient of every Combine, in order, float64.
         times: the distinct times of the network calls, decreasing at the start, float64. They must stay within the
-            schedule's range, where the network is defined.
+            schedule's range, where the network is defined. The first call may come to be made at another time than the
+            start's, which remains the plan's first node.
     """
 
     def __init__(self, plan: Plan, schedule: Schedule) -> None:
@@ -88,7 +89,8 @@ class LearnedPlan(nn.Module):
                 names = [name for name, _ in step.terms]
                 step = step._replace(terms=tuple(zip(names, next(rows).tolist(), strict=True)))
             instructions.append(step)
-        times = tuple(moved.get(t, t) for t in self.start.times)
+        first, *rest = self.start.times
+        times = (first, *(moved.get(t, t) for t in rest))
         return replace(self.start, instructions=tuple(instructions), times=times)
 
     def _lengths(self) -> list[int]:

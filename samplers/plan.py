@@ -230,6 +230,12 @@ class _Reader:
             raise PlanError(f"{self.at(name)}: must be {kind.__name__}, got {self.item[name]!r}")
         return self.item[name]
 
+    def only(self, *names: str) -> None:
+        """Refuse a field that has no meaning, such as a misspelt one."""
+        for name in self.item:
+            if name not in names:
+                raise PlanError(f"{self.at(name)}: unknown field; accepted: {', '.join(names)}")
+
     def number(self, name: str) -> float:
         return _number(self.get(name, object), self.at(name))
 
@@ -248,6 +254,7 @@ def _number(value: Any, path: str) -> float:
 
 def _instruction(item: _Reader) -> Instruction:
     op = item.choice("op", ("evaluate", "combine"))
+    item.only("op", *(Evaluate if op == "evaluate" else Combine)._fields)
     if op == "evaluate":
         t, alpha, sigma = (item.number(name) for name in ("t", "alpha", "sigma"))
         return Evaluate(item.get("dst", str), item.get("src", str), t, alpha, sigma, item.choice("kind", KINDS))
@@ -259,7 +266,9 @@ def _instruction(item: _Reader) -> Instruction:
         terms.append((term[0], _number(term[1], f"{path}[1]")))
     if not terms:
         raise PlanError(f"{item.at('terms')}: must not be empty")
-    node = item.item.get("node")
+    if "node" not in item.item:
+        raise PlanError(f"{item.at('node')}: missing")
+    node = item.item["node"]
     if node is not None and (isinstance(node, bool) or not isinstance(node, int)):
         raise PlanError(f"{item.at('node')}: must be an integer or null, got {node!r}")
     return Combine(item.get("dst", str), tuple(terms), node)

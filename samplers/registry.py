@@ -74,6 +74,10 @@ class Sampler:
         """Whether it chooses its steps by an error estimate while sampling."""
         return self.build is None
 
+    def calls_with(self, options: dict[str, Any]) -> int:
+        """Network calls of a full step under these options: as many as the order, where the order is an option."""
+        return max(1, options.get("order", self.calls)) if "order" in self.options else self.calls
+
     def grid_on(self, schedule: Schedule) -> str:
         """The recommended grid; where the schedule does not allow it, "logsnr", and from alpha = 0 on "uniform"."""
         return next(name for name in (self.grid, "logsnr", "uniform") if allows(schedule, name))
@@ -128,14 +132,15 @@ def _by_order(order: int) -> str:
 
 
 # The recommended grids of deterministic samplers have the least error over two measurements, on mixtures and on the shipped
-# MNIST model (results/grids), among the grids that start at t_max; those of stochastic ones are the ones they were published on.
+# MNIST model (results/grids), among those that start at t_max. Heun's is the best on MNIST alone: with "time-uniform", the best
+# on mixtures, its MNIST samples at 10 and 20 calls were no digits. Stochastic samplers keep the grids they were published on.
 _TABLE = (
     Sampler("ddpm", ddpm, "ddpm", 1, "yes", 1, "uniform", _DDPM),
     Sampler("ddim", ddim, "ddim", 1, "eta", 1, "time-uniform", _DDIM),
     Sampler("euler", euler, "euler", 1, "no", 1, "time-uniform", _EDM),
     Sampler("euler-ancestral", euler_ancestral, "euler", 1, "eta", 1, "uniform", _KDIFF),
-    Sampler("heun", heun, "heun", 2, "no", 2, "time-uniform", _EDM),
-    Sampler("edm", edm, "heun", 2, "s_churn", 2, "time-uniform", _EDM),
+    Sampler("heun", heun, "heun", 2, "no", 2, "karras", _EDM),
+    Sampler("edm", edm, "heun", 2, "s_churn", 2, "karras", _EDM),
     Sampler("dpm2", _DPM2, "dpm2", 2, "no", 2, "time-quadratic", _KDIFF),
     Sampler("dpm2-ancestral", dpm2_ancestral, "dpm2", 2, "eta", 2, "karras", _KDIFF),
     Sampler("dpm-solver-1", _FIRST, "dpm-solver", 1, "no", 1, "time-uniform", _DPM),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from samplers.execute import Callback, NoiseSource, check_start, run_plan, sample_indices
 from samplers.grid import Grid, Nodes, Points, from_sigmas, from_timesteps, make_grid, points_of
+from samplers.grid_points import logsnr
 from samplers.model import EpsModel
 from samplers.noise import check_seed, standard_normal
 from samplers.plan import Plan
@@ -18,8 +19,6 @@ from samplers.registry import Sampler, get_sampler
 from samplers.schedule import Schedule
 from samplers.solvers.exponential import mixed_orders
 from samplers.transform import analytical_first_step
-
-_UNIFORM_IN_LAM = ("logsnr", "exponential")
 
 
 def make_plan(
@@ -112,29 +111,28 @@ def sample(
     if not isinstance(model, EpsModel):
         raise TypeError(f"model must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")
     entry = get_sampler(sampler)
+    where: dict[str, Any] = {"steps": steps, "nfe": nfe, "timesteps": timesteps, "sigmas": sigmas, "grid": grid}
+    if entry.integrate is None:
+        plan = make_plan(sampler, model.schedule, **where, final=final, afs=afs, **options)
+        start = _start(model, x_T, shape, seed, indices, plan.sigma_T)
+        drawn: dict[str, Any] = {"seed": seed, "indices": indices, "noise_source": noise_source}
+        return run_plan(plan, model, start, **drawn, callback=callback, cond=cond, check=check, compile=compile)
     entry.check_options(options)
     _check_afs(entry, afs)
-    nodes, options = _nodes(entry, model.schedule, steps, nfe, timesteps, sigmas, grid, final, options, int(afs))
-    start = _start(model, x_T, shape, seed, indices, float(nodes.sigma[0]))
-    if entry.integrate is not None:
-        if compile is not None:
+    for name, value, usual in (
+        ("compile", compile, None),
+        ("noise_source", noise_source, None),
+        ("check", check, True),
+    ):
+        if value is not usual:
             raise ValueError(
-                f"sampler {sampler!r} chooses its steps while it samples: compile must be None, got {compile!r}"
+                f"sampler {sampler!r} chooses its steps while it samples: {name} must be {usual}, got {value!r}"
             )
-        return entry.integrate(model, nodes, start, nfe=nfe, callback=callback, cond=cond, **options)
-    plan = entry.plan(nodes, **options)
-    return run_plan(
-        analytical_first_step(plan) if afs else plan,
-        model,
-        start,
-        seed=seed,
-        indices=indices,
-        noise_source=noise_source,
-        callback=callback,
-        cond=cond,
-        check=check,
-        compile=compile,
-    )
+    nodes, _ = _nodes(entry, model.schedule, **where, final=final, options=options, spared=0)
+    start = _start(model, x_T, shape, seed, indices, float(nodes.sigma[0]))
+    if not len(start):  # an error norm over nothing controls nothing
+        return start.clone()
+    return entry.integrate(model, nodes, start, nfe=nfe, callback=callback, cond=cond, **options)
 
 
 def _nodes(
@@ -210,7 +208,8 @@ def _budgeted(
         if len(orders) > extra:
             return _mixed_grid(schedule, orders, grid, final), {**options, "orders": orders}
         raise ValueError(f"nfe must be at least {1 + extra - spared} for {entry.name!r} here, got {nfe}")
-    most = (budget + (entry.calls - 1) * (cheap_first + cheap_last)) // entry.calls - extra
+    calls = entry.calls_with(options)
+    most = (budget + (calls - 1) * (cheap_first + cheap_last)) // calls - extra
     for steps in range(most, 0, -1):  # fewer where the plan has steps of more calls, as only the plan itself knows
         nodes = make_grid(schedule, grid, steps, final)
         if entry.plan(nodes, **options).nfe <= budget:
@@ -230,7 +229,7 @@ def _mixed_grid(schedule: Schedule, orders: list[int], grid: str | Points, final
     The reference implementation of DPM-Solver (arXiv:2206.00927, appendix D) does the same.
     """
     extra = int(final == "denoise")
-    if grid in _UNIFORM_IN_LAM:
+    if points_of(grid).points is logsnr:
         return make_grid(schedule, grid, len(orders) - extra, final)
     fine = make_grid(schedule, grid, sum(orders) - extra, final)
     return Grid(schedule, fine.t[np.cumsum([0, *orders])])

@@ -33,11 +33,6 @@ def _quiet(xp: Any) -> AbstractContextManager[Any]:
     return np.errstate(divide="ignore") if xp is np else nullcontext()
 
 
-def _table(values: np.ndarray, like: Any) -> Any:
-    """A table to index with and combine with `like`."""
-    return torch.as_tensor(values, dtype=like.dtype, device=like.device) if isinstance(like, torch.Tensor) else values
-
-
 def _log_alpha_of_lam(lam: Any, xp: Any) -> Any:
     """`log alpha` on a variance-preserving schedule: `-log(1 + exp(-2 lam)) / 2`."""
     return -0.5 * xp.logaddexp(-2.0 * lam, xp.zeros_like(lam))
@@ -275,6 +270,7 @@ class Discrete(Schedule):
     alphas_cumprod: tuple[float, ...]
     _nodes: np.ndarray = field(init=False, repr=False, compare=False)  # of log alpha: t = -1, 0, ..., T - 1
     _slopes: np.ndarray = field(init=False, repr=False, compare=False)  # of log alpha: from t = i - 1 to i
+    _copies: dict[Any, torch.Tensor] = field(init=False, repr=False, compare=False, default_factory=dict)
     name: ClassVar[str] = "discrete"
     t_min: ClassVar[float] = 0.0
     t_zero: ClassVar[float] = -1.0
@@ -297,16 +293,27 @@ class Discrete(Schedule):
         """The last training step, T - 1."""
         return float(len(self.alphas_cumprod) - 1)
 
+    def _table(self, name: str, like: Any) -> Any:
+        """The table `_nodes` or `_slopes` to index and combine with `like`; a device gets its copy once."""
+        if not isinstance(like, torch.Tensor):
+            return getattr(self, name)
+        key = (name, like.dtype, like.device)
+        if key not in self._copies:
+            self._copies[key] = torch.as_tensor(getattr(self, name), dtype=like.dtype, device=like.device)
+        return self._copies[key]
+
     def _interval(self, whole: Any, like: Any, xp: Any) -> tuple[Any, Any, Any, Any]:
         """Index, first node, slope and `alpha_is_linear` of interval `whole`, the nearest for times outside."""
         last = len(self._slopes) - 1
         i = np.clip(whole, 0, last).astype(np.int64) if xp is np else whole.clamp(0, last).long()
         alpha_is_linear = (i == last) & (self.alphas_cumprod[-1] == 0)
-        return i, _table(self._nodes, like)[i], _table(self._slopes, like)[i], alpha_is_linear
+        return i, self._table("_nodes", like)[i], self._table("_slopes", like)[i], alpha_is_linear
 
     def _log_alpha(self, t: Any, xp: Any) -> Any:
         i, node, slope, alpha_is_linear = self._interval(xp.floor(t) + 1, t, xp)
         w = t + 1 - i  # position in the interval, 0 .. 1
+        if self.alphas_cumprod[-1] != 0:
+            return node + w * slope
         with _quiet(xp):
             return node + xp.where(alpha_is_linear, xp.log1p(-w.clip(max=1.0)), w * slope)
 
@@ -322,7 +329,7 @@ class Discrete(Schedule):
 
     def _t_of_lam(self, lam: Any, xp: Any) -> Any:
         log_alpha = _log_alpha_of_lam(lam, xp)
-        number = xp.searchsorted(_table(-self._nodes, lam), -log_alpha) - 1
+        number = xp.searchsorted(-self._table("_nodes", lam), -log_alpha) - 1
         i, node, slope, alpha_is_linear = self._interval(number, lam, xp)
         change = log_alpha - node
         return i - 1 + xp.where(alpha_is_linear, -xp.expm1(change), change / slope)

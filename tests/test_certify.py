@@ -16,7 +16,18 @@ from bench.certify.faults import fault_row, planted
 from bench.certify.gaussian import affine, moments, no_strong_order, stochastic_orders, strong_error
 from bench.certify.problem import MIXTURE, Problem, epsilon, run_from, solution_at
 from bench.certify.schedulers import Case, cases
-from bench.certify.settings import CHOICES, FIXED, STATED, deterministic, known_slope, stated, stochastic
+from bench.certify.settings import (
+    CHOICES,
+    FIXED,
+    KNOWN,
+    STATED,
+    STATED_WEAK,
+    choices,
+    deterministic,
+    known_slope,
+    matches,
+    stochastic,
+)
 from bench.cli import main
 from samplers import list_samplers, make_plan, run_plan, schedules
 from samplers.registry import SAMPLERS
@@ -80,9 +91,10 @@ def test_settings_are_what_they_are_called(entry):
 
 
 def test_every_stated_exception_matches_a_sampler_and_says_why():
-    for row in STATED:
+    for row in (*STATED, *KNOWN, *STATED_WEAK):
         assert row.reason
-        assert any(stated(e, row.options, local)[1] for e in PLANNED for local in (False, True))
+        settings = [(e, {**e.options, **o}) for e in PLANNED for o in choices(e)]
+        assert any(matches(row, e, options) for e, options in settings), row
 
 
 # order -----------------------------------------------------------------------------------------------------------
@@ -117,7 +129,7 @@ def test_one_percent_on_one_coefficient_fails_both_certificates(problem, name, m
     assert rows[0]["status"] == "fail"
 
 
-def test_a_fault_that_changes_nothing_is_not_noticed():
+def test_a_planted_fault_of_nothing_leaves_the_local_certificate_whole():
     entry = SAMPLERS["ddim"]
     row = order.local_order(entry, {"eta": 0.0}, "vp_linear", lambda plan: planted(plan, 1.0))
     assert row["status"] == "pass"

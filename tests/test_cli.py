@@ -79,8 +79,11 @@ def test_a_pickled_model_is_refused(tmp_path):
 def test_samplers_are_listed():
     result = run("samplers")
     assert result.exit_code == 0
-    for name in SAMPLERS:
-        assert f" {name} " in result.output
+    for name, entry in SAMPLERS.items():
+        assert f"{name}: order {entry.order}, " in result.output
+        assert entry.reference in result.output
+        assert all(f"{option}=" in result.output for option in entry.options)
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
 def test_a_picture_shows_sample_k_at_row_k_div_10(tmp_path):

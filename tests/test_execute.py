@@ -403,26 +403,41 @@ def test_bad_compile(exact):
         run_plan(plan, exact(VP), x_T, compile="graph")
     with pytest.raises(ValueError, match="compile='loop' runs the loop as a whole: it has no callback"):
         run_plan(plan, exact(VP), x_T, compile="loop", callback=print)
-    with pytest.raises(ValueError, match="'rk45' chooses its steps while it samples: compile must be None, got 'loop'"):
-        sample(exact(VP), "rk45", x_T=x_T, compile="loop")
+    for option, value in (("compile", "loop"), ("check", False), ("noise_source", refuse)):
+        with pytest.raises(ValueError, match=f"'rk45' chooses its steps while it samples: {option} must be"):
+            sample(exact(VP), "rk45", x_T=x_T, **{option: value})
+
+
+def test_each_compiled_loop_counts_for_itself():
+    model = EpsModel(lambda x, t: 0.3 * x, VP)
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for steps in (1, 2, 3, 4):
+            plan, x_T = make_plan("ddim", VP, steps=steps), normal(2, 2)
+            torch.testing.assert_close(run_plan(plan, model, x_T, compile="loop"), run_plan(plan, model, x_T))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["ddpm", "heun", "dpmpp-2m"])
 def test_on_a_gpu_nothing_synchronises_and_a_graph_gives_the_eager_result(name):
-    net = torch.nn.Conv2d(3, 3, 3, padding=1).cuda()
-    model, plan = EpsModel(lambda x, t: net(x), VP), make_plan(name, VP, steps=5)
+    def net(x, t, shift):
+        return 0.1 * x * t[:, None, None, None] + shift
+
+    model, plan = EpsModel(net, VP), make_plan(name, VP, steps=5)
     x_T = normal(4, 3, 8, 8, dtype=torch.float32).cuda()
     source = lambda k, like: torch.full_like(like, 0.1 * k)  # noqa: E731
-    loop = Loop.of(plan, model, x_T)
+    loop, cond = Loop.of(plan, model, x_T), {"shift": torch.tensor(0.1).cuda()}
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            eager = loop.run(x_T, source, {})
+            loop.run(x_T, source, cond)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for start in (x_T, -x_T):
-        graphed = run_plan(plan, model, start, compile="graph", noise_source=source)
-        torch.testing.assert_close(graphed, run_plan(plan, model, start, noise_source=source), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(eager, run_plan(plan, model, x_T, noise_source=source), rtol=1e-5, atol=1e-5)
+    for start, shift in ((x_T, torch.tensor(0.1)), (-x_T, torch.tensor(0.2)), (x_T, torch.tensor(0.3).cuda())):
+        # memory that the graph reads must be its own: what is free is overwritten here
+        torch.cuda.empty_cache()
+        rubbish = [torch.full((64,), math.nan, device="cuda") for _ in range(300)]
+        del rubbish
+        options = {"noise_source": source, "cond": {"shift": shift}}
+        graphed = run_plan(plan, model, start, compile="graph", **options)
+        torch.testing.assert_close(graphed, run_plan(plan, model, start, **options), rtol=1e-5, atol=1e-5)

@@ -68,7 +68,7 @@ def test_sample_runs_the_plan_it_names(exact, name):
 def test_explicit_grids_are_the_named_ones():
     plan = make_plan("heun", VP, steps=6)
     assert plan == make_plan("heun", VP, timesteps=plan.times)
-    assert plan == make_plan("heun", VP, steps=6, grid="time-uniform")
+    assert plan == make_plan("heun", VP, steps=6, grid="karras")
     assert make_plan("dpmpp-2m", VP, nfe=6) == make_plan("dpmpp-2m", VP, steps=6, grid="time-quadratic", final="t_min")
     edm = make_plan("heun", EDM, steps=6, grid="edm")
     assert edm.close(make_plan("heun", EDM, sigmas=edm.times))

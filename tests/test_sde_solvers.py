@@ -370,3 +370,10 @@ def test_inner_points_stay_within_the_schedule(exact, schedule, name, options):
 def test_bad_option_values(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_plan(name, VP, steps=5, **options)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_seeds_spends_the_budget_of_its_order(order):
+    assert make_plan("seeds", VP, nfe=12, order=order).nfe == 12
+    with pytest.raises(ValueError, match="order must be 1, 2 or 3, got 0"):
+        make_plan("seeds", VP, nfe=12, order=0)

@@ -88,21 +88,28 @@ def global_orders(
             row["status"] = "for the record"
         elif not _within(measured.value, target):
             exact = slope(functools.partial(error_of, exact=True), steps, target)
-            row |= _explained(entry, options, exact, schedule, grid, target, reason)
+            row |= _explained(entry, options, measured.value, exact, schedule, grid, target, reason)
         yield _judged(row)
 
 
 def _explained(
-    entry: Sampler, options: Options, exact: Slope, schedule: str, grid: str, target: float, reason: str
+    entry: Sampler,
+    options: Options,
+    measured: float,
+    exact: Slope,
+    schedule: str,
+    grid: str,
+    target: float,
+    reason: str,
 ) -> Row:
     """What is known of a slope that is not the stated one."""
     row: Row = {"slope_exact_start": exact.value}
     known = known_slope(entry, options, schedule, grid)
+    start = f"start-up of lower order, gone with exact states over the first 1/{_EXACT_START}"
     if _within(exact.value, target):
-        status = "start-up"
-        why = f"start-up of lower order: {exact.value:.2f} with exact states over the first 1/{_EXACT_START} ({exact.steps})"
+        status, why = "start-up", start
     elif known and exact.value > target:
-        status, why = "finding", known
+        status, why = "finding", f"{start}; then {known}" if measured < target else known
     else:
         return row
     return row | {"status": status, "note": "; ".join(filter(None, (reason, why)))}

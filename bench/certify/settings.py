@@ -28,8 +28,6 @@ CERTIFIED_AT: dict[str, Options] = {
     # a band of tau that begins or ends inside a step adds an error of first order that jumps with the grid
     "sa-solver": {"tau_start": math.inf, "tau_end": 0.0},
 }
-# Amounts of noise to certify where the default is none; 1 where it is not said.
-NOISE: Options = {"s_churn": 40.0}
 # Switches that are not part of a formula, and stay at their defaults.
 FIXED = ("lower_order_final",)
 
@@ -55,7 +53,7 @@ def stochastic(entry: Sampler) -> Iterator[Options]:
     if entry.adaptive or entry.stochastic == "no":
         return
     name = entry.stochastic
-    on = {} if name == "yes" else {name: entry.options[name] or NOISE.get(name, 1.0)}
+    on = {} if name == "yes" else {name: entry.options[name] or 1.0}
     for chosen in choices(entry):
         yield {**on, **CERTIFIED_AT.get(entry.name, {}), **chosen}
 
@@ -115,7 +113,7 @@ def stated(entry: Sampler, options: Options, local: bool = False) -> tuple[int, 
     full = {**entry.options, **options}
     registered = options.get("order", entry.order)
     for row in STATED:
-        if _matches(row, entry, full):
+        if matches(row, entry, full):
             offset = row.local if local else row.order
             return registered + offset, row.reason if offset else ""
     return registered, ""
@@ -143,11 +141,12 @@ KNOWN: tuple[Known, ...] = (
 def known_slope(entry: Sampler, options: Options, schedule: str, grid: str) -> str:
     """The reason for a slope above the stated order; empty where none is known."""
     full = {**entry.options, **options}
-    found = (k for k in KNOWN if (k.schedule, k.grid) == (schedule, grid) and _matches(k, entry, full))
+    found = (k for k in KNOWN if (k.schedule, k.grid) == (schedule, grid) and matches(k, entry, full))
     return next((k.reason for k in found), "")
 
 
-def _matches(row: Stated | Known | Weak, entry: Sampler, full: Options) -> bool:
+def matches(row: Stated | Known | Weak, entry: Sampler, full: Options) -> bool:
+    """Whether a stated exception holds for a sampler under all its options."""
     return fnmatch(entry.name, row.sampler) and all(full.get(name) == value for name, value in row.options.items())
 
 
@@ -191,7 +190,7 @@ def stated_weak(entry: Sampler, options: Options) -> Weak:
     of it is of the size h^(3/2): no sampler here has a strong order above 1.
     """
     for row in STATED_WEAK:
-        if _matches(row, entry, {**entry.options, **options}):
+        if matches(row, entry, {**entry.options, **options}):
             return row
     return Weak(entry.name, {}, options.get("order", entry.order), 1, 1, "")
 

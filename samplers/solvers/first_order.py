@@ -48,12 +48,16 @@ def ddim(grid: Grid, *, eta: float = 0.0) -> Plan:
     """DDIM; `eta` scales the posterior's standard deviation, 1 is DDPM with fixed_small variance.
 
     Song et al. 2021, arXiv:2010.02502, equations 12 and 16.
+
+    Args:
+        grid: the nodes.
+        eta: at least 0; beyond 1 the noise of a step is at most that of the node it ends at, which leaves no epsilon.
     """
     check_amount("eta", eta)
     p = Draft(grid, "eps")
     x = p.x
     for i in p.steps:
-        std = eta * p.sigma[i + 1] / p.sigma[i] * math.sqrt(_forward_variance(p, i)) if eta else 0.0
+        std = min(eta * math.sqrt(_forward_variance(p, i)) / p.sigma[i], 1.0) * p.sigma[i + 1] if eta else 0.0
         ratio = p.alpha[i + 1] / p.alpha[i]
         direct = math.sqrt(max(p.sigma[i + 1] ** 2 - std**2, 0.0)) if eta else p.sigma[i + 1]
         out = p.evaluate(x, i)

@@ -40,7 +40,7 @@ def ipndm_v(grid: Grid, *, order: int, lower_order_final: bool | int = False) ->
     iPNDM is from Zhang & Chen 2023, arXiv:2204.13902, appendix, with the weights of constant steps. Its form for variable steps
     is known from the diff-sampler toolbox, whose third- and fourth-order weights are wrong (a bracket that should end after a
     difference ends after a product); here they are exact. On a grid that ends at sigma > 0 this is the same plan as `lms`, and
-    as `deis` with `variant="rhoab"`.
+    as `deis` with `variant="rhoab"` and the same `lower_order_final`.
 
     Args:
         grid, order, lower_order_final: as in `lms`.

@@ -47,6 +47,8 @@ def unipc(
     check_predict(predict)
     if variant not in _VARIANTS:
         raise unknown("variant", variant, _VARIANTS)
+    if not isinstance(corrector, bool):
+        raise TypeError(f"corrector must be True or False, got {corrector!r}")
     p = Draft(grid, predict)
     rows = Rows(p, order, lower_order_final)
     columns = np.arange(order + 1)  # newest first: the output at the step's end, then those that the predictor has
