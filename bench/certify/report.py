@@ -310,10 +310,14 @@ def _findings(rows: Sequence[Row]) -> list[str]:
             found.setdefault((row["scheduler"], row["sampler"], row["cause"]), []).append(row)
     head = ("scheduler", "sampler", "rows", "first step", "largest difference", "cause")
     lines = [
-        (*names, len(mine), _range(r["first_step"] for r in mine), _number(max(r["difference"] for r in mine)), cause)
+        (*names, len(mine), _steps(mine), _number(max(r["difference"] for r in mine)), cause)
         for (*names, cause), mine in found.items()
     ]
     return _markdown(head, lines) if lines else []
+
+
+def _steps(rows: Sequence[Row]) -> str:
+    return ", ".join(dict.fromkeys(str(row["first_step"]) for row in rows))
 
 
 def _detected(rows: Sequence[Row]) -> list[str]:
