@@ -294,6 +294,21 @@ def test_names_that_are_one_plan_are_detected():
     ]
 
 
+def test_error_controlled_samplers_are_certified_and_a_wrong_one_is_not(monkeypatch):
+    from bench.certify import tolerance
+
+    rows = list(tolerance.tolerance_rows(SAMPLERS["rk23"], "vp_linear"))
+    assert [row["status"] for row in rows] == ["pass"] * 3
+    assert all(row["calls"] > 0 for row in rows)
+    sound = SAMPLERS["rk23"]
+
+    def loose(*arguments, rtol, atol, **others):  # the same tolerance whatever is asked for
+        return sound.integrate(*arguments, rtol=0.1, atol=0.1, **others)
+
+    monkeypatch.setitem(SAMPLERS, "rk23", replace(sound, integrate=loose))
+    assert "fail" in {row["status"] for row in tolerance.tolerance_rows(sound, "vp_linear")}
+
+
 # the command -----------------------------------------------------------------------------------------------------
 
 

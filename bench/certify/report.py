@@ -24,6 +24,7 @@ from bench.certify.faults import fault_row
 from bench.certify.gaussian import stochastic_orders
 from bench.certify.schedulers import cases
 from bench.certify.settings import deterministic, stochastic
+from bench.certify.tolerance import TOLERANCES, tolerance_rows
 from bench.provenance import machine
 from bench.store import write_text
 from samplers import list_samplers
@@ -40,6 +41,7 @@ COLUMNS = {
         *("difference_as_shipped", "threshold_as_shipped", "status", "cause"),
     ),
     "equalities": ("kind", "claim", "members", "schedule", "grid", "final", "steps", "difference", "status", "note"),
+    "tolerance": ("sampler", "schedule", "tolerance", "calls", "error", "status", "note"),
     "faults": ("sampler", "setting", "schedule", "stated", "slope", "slope_with_fault", "status", "note"),
 }
 _QUICK_STEPS = (640, 320, 160, 80, 40)
@@ -65,6 +67,9 @@ def jobs(names: Sequence[str] = (), quick: bool = False) -> list[Job]:
     schedules = ("vp_linear",) if quick else tuple(order.SCHEDULES)
     grids = order.GRIDS[:1] if quick else order.GRIDS
     todo = [Job("order", e.name, partial(_orders, e, schedules, grids, quick)) for e in chosen if not e.adaptive]
+    todo += [
+        Job("tolerance", e.name, partial(tolerance_rows, e, where)) for e in chosen if e.adaptive for where in schedules
+    ]
     todo += [
         Job("parity", f"{case.scheduler} {case.sampler}", partial(_one, parity.compare, case))
         for case in cases()
@@ -135,6 +140,7 @@ def readme(tables: dict[str, list[Row]]) -> str:
     for title, rows in (
         ("Failures", _with(tables, "fail")),
         ("Every sampler: the range of slopes that pass, over its settings, schedules and grids", _by_sampler(tables)),
+        ("Error-controlled samplers: network calls and largest error at rtol = atol", _controlled(tables["tolerance"])),
         ("Order: what is not the registered order, and why", _notes(tables["order"])),
         ("Parity: what differs from diffusers, where first, and why", _findings(tables["parity"])),
         ("Names that are the same plan", _detected(tables["equalities"])),
@@ -178,6 +184,8 @@ _EXPLAINED = (
     "float64 in place of its float32, below 1e-10; `difference_as_shipped`: its code as it is, the final state "
     "alone, which is above 1e-5 in places because of its float32. "
     "`finding`: a stated cause, and the first step that differs is the stated one.",
+    "- **tolerance.csv**: error-controlled samplers on the same mixture. The largest error over eight states is at most 30 times "
+    "the tolerance, and falls at least by half where that falls tenfold.",
     "- **equalities.csv**: the largest difference of coefficients in epsilon over the largest coefficient.",
 )
 
@@ -318,6 +326,16 @@ def _findings(rows: Sequence[Row]) -> list[str]:
 
 def _steps(rows: Sequence[Row]) -> str:
     return ", ".join(dict.fromkeys(str(row["first_step"]) for row in rows))
+
+
+def _controlled(rows: Sequence[Row]) -> list[str]:
+    """A line for each sampler and schedule, a column for each tolerance."""
+    cells: dict[tuple[str, str], dict[float, str]] = {}
+    for row in rows:
+        here = cells.setdefault((row["sampler"], row["schedule"]), {})
+        here[row["tolerance"]] = f"{row['calls']} calls, {row['error']:.0e}"
+    lines = [(*names, *(here.get(tolerance, "") for tolerance in TOLERANCES)) for names, here in cells.items()]
+    return _markdown(("sampler", "schedule", *(f"{tolerance:g}" for tolerance in TOLERANCES)), lines) if lines else []
 
 
 def _detected(rows: Sequence[Row]) -> list[str]:
