@@ -18,7 +18,7 @@ from samplers.grid import Grid
 from samplers.plan import Plan
 from samplers.solvers.exponential import check_solver_type, checked_orders, inner_fractions, psi
 from samplers.solvers.first_order import Level, heun_step, node_level
-from samplers.solvers.stages import Stage, finite_lam, stage, write
+from samplers.solvers.stages import Stage, finite_lam, stage, staged_plan
 
 
 def ancestral_levels(now: np.ndarray, after: np.ndarray, eta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +108,7 @@ def _ancestral(
         latest = total * (0.5 if solver_type == "midpoint" else psi(2, z) / psi(1, z)) / fraction
         inner = stage(grid, -np.log(mid), *_way(prediction, now, mid), 0.0)
         methods[2] = (inner, stage(grid, None, state, total - latest, latest, s_noise * up))
-    return write(Draft(grid, prediction), methods, np.where(down > 0, orders, 1).tolist())
+    return staged_plan(Draft(grid, prediction), methods, np.where(down > 0, orders, 1).tolist())
 
 
 def _way(prediction: str, now: np.ndarray, to: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ from samplers.errors import unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
 from samplers.schedule import Discrete
-from samplers.solvers.linear_multistep import Weights, adams_weights, orders_to_zero, write
+from samplers.solvers.linear_multistep import Weights, adams_plan, adams_weights, orders_to_zero
 from samplers.solvers.weights import history, lagrange
 
 _VARIANTS = ("tab", "rhoab")
@@ -35,7 +35,7 @@ def deis(grid: Grid, *, order: int, variant: str = "tab", lower_order_final: boo
         raise unknown("variant", variant, _VARIANTS)
     p = Draft(grid, "eps")
     orders = orders_to_zero(p, order, lower_order_final)
-    return write(p, orders, adams_weights(p) if variant == "rhoab" else _tab_weights(p, max(orders, default=1)))
+    return adams_plan(p, orders, adams_weights(p) if variant == "rhoab" else _tab_weights(p, max(orders, default=1)))
 
 
 def _tab_weights(p: Draft, order: int) -> Weights:

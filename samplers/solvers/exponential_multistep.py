@@ -64,7 +64,7 @@ def two_points(z: np.ndarray, slope: np.ndarray, u: np.ndarray | float) -> np.nd
     return np.stack([psi(1, z) - slope / u, slope / u], axis=-1)
 
 
-def write(p: Draft, rows: Rows, coefficients: np.ndarray) -> Plan:
+def multistep_plan(p: Draft, rows: Rows, coefficients: np.ndarray) -> Plan:
     """The plan whose steps take the state and the last outputs, newest first, by these coefficients."""
     x = p.x
     outs: list[str] = []
@@ -110,7 +110,7 @@ def multistep(
         third = rows.orders == 3
         difference = lagrange(points)[..., -1]  # the coefficient of u^2
         w[third] -= (psi(3, rows.z)[:, None] * difference)[third]
-    return write(p, rows, rows.coefficients(w))
+    return multistep_plan(p, rows, rows.coefficients(w))
 
 
 def eab(grid: Grid, *, order: int, predict: str = "x0", lower_order_final: bool | int = 15) -> Plan:
@@ -129,7 +129,7 @@ def eab(grid: Grid, *, order: int, predict: str = "x0", lower_order_final: bool 
     check_predict(predict)
     p = Draft(grid, predict)
     rows = Rows(p, order, lower_order_final)
-    return write(p, rows, rows.coefficients(rows.adams_bashforth()))
+    return multistep_plan(p, rows, rows.coefficients(rows.adams_bashforth()))
 
 
 def check_predict(predict: str) -> None:

@@ -31,7 +31,7 @@ def lms(grid: Grid, *, order: int, lower_order_final: bool | int = False) -> Pla
         lower_order_final: whether orders fall again at the end; an int n means "where there are fewer than n steps".
     """
     p = Draft(grid, "eps")
-    return write(p, step_orders(p.steps, order, lower_order_final), adams_weights(p))
+    return adams_plan(p, step_orders(p.steps, order, lower_order_final), adams_weights(p))
 
 
 def ipndm_v(grid: Grid, *, order: int, lower_order_final: bool | int = False) -> Plan:
@@ -46,7 +46,7 @@ def ipndm_v(grid: Grid, *, order: int, lower_order_final: bool | int = False) ->
         grid, order, lower_order_final: as in `lms`.
     """
     p = Draft(grid, "eps")
-    return write(p, orders_to_zero(p, order, lower_order_final), adams_weights(p))
+    return adams_plan(p, orders_to_zero(p, order, lower_order_final), adams_weights(p))
 
 
 def ipndm(grid: Grid, *, order: int, lower_order_final: bool | int = False) -> Plan:
@@ -61,7 +61,7 @@ def ipndm(grid: Grid, *, order: int, lower_order_final: bool | int = False) -> P
         grid, order, lower_order_final: as in `lms`.
     """
     p = Draft(grid, "eps")
-    return write(p, orders_to_zero(p, order, lower_order_final), constant_weights(p))
+    return adams_plan(p, orders_to_zero(p, order, lower_order_final), constant_weights(p))
 
 
 def pndm(grid: Grid) -> Plan:
@@ -83,7 +83,7 @@ def pndm(grid: Grid) -> Plan:
     for i, middle in zip(p.steps, middles, strict=False):
         outs = [p.evaluate(x, i), *outs]
         x = p.first_order(i, x, outs[0]) if p.sigma[i + 1] == 0 else _runge_kutta(p, i, x, outs[0], middle)
-    return write(p, orders, constant_weights(p), x, outs)
+    return adams_plan(p, orders, constant_weights(p), x, outs)
 
 
 def _runge_kutta(p: Draft, i: int, x: str, first: str, middle: tuple[float, float, float]) -> str:
@@ -115,7 +115,7 @@ def orders_to_zero(p: Draft, order: int, lower_order_final: bool | int) -> list[
     return [1 if p.sigma[i + 1] == 0 else k for i, k in zip(p.steps, orders, strict=True)]
 
 
-def write(p: Draft, orders: Sequence[int], weights: Weights, x: str = "", outs: Sequence[str] = ()) -> Plan:
+def adams_plan(p: Draft, orders: Sequence[int], weights: Weights, x: str = "", outs: Sequence[str] = ()) -> Plan:
     """The plan of DDIM steps with a weighted epsilon.
 
     Args:

@@ -22,7 +22,7 @@ from samplers.plan import Plan
 from samplers.solvers.ancestral import ancestral_levels
 from samplers.solvers.exponential import check_solver_type, inner_fractions, psi
 from samplers.solvers.exponential_multistep import Rows, check_predict, two_points
-from samplers.solvers.stages import finite_lam, stage, write
+from samplers.solvers.stages import finite_lam, stage, staged_plan
 from samplers.solvers.weights import lagrange
 
 
@@ -73,7 +73,7 @@ def seeds(
         noises = [s_noise * to * _increment(predict, eta, h, starts[j], points[j], c) for j in range(k + 1)]
         coefficients = (state, -scale * psi_1 - latest, latest, *noises)
         stages.append(stage(grid, lam[:-1] + c * h if k < order - 1 else None, *coefficients))
-    return write(Draft(grid, predict), {order: stages}, [order] * grid.steps)
+    return staged_plan(Draft(grid, predict), {order: stages}, [order] * grid.steps)
 
 
 def dpmpp_sde(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0, r1: float = 0.5) -> Plan:
@@ -106,7 +106,7 @@ def dpmpp_sde(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0, r1: float =
     inner = stage(grid, lam[:-1] + r1 * h, down_mid / now, 1.0 - down_mid / now, 0.0, s_noise * up_mid)
     noises = (s_noise * up * np.sqrt(share), s_noise * up * np.sqrt(1.0 - share))
     stages = (inner, stage(grid, None, down / now, total - latest, latest, *noises))
-    return write(Draft(grid, "x0"), {2: stages}, [2] * grid.steps)
+    return staged_plan(Draft(grid, "x0"), {2: stages}, [2] * grid.steps)
 
 
 def dpmpp_2m_sde(

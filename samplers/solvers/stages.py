@@ -68,7 +68,7 @@ def stage(
     return Stage(*(column.tolist() for column in columns))
 
 
-def write(p: Draft, methods: Mapping[int, Sequence[Stage]], orders: Sequence[int]) -> Plan:
+def staged_plan(p: Draft, methods: Mapping[int, Sequence[Stage]], orders: Sequence[int]) -> Plan:
     """The plan whose i-th step goes through the stages `methods[orders[i]]`; a step to sigma = 0 is first order without noise."""
     x = p.x
     for i in p.steps:

@@ -15,7 +15,7 @@ from samplers.errors import unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
 from samplers.solvers.exponential import psi
-from samplers.solvers.exponential_multistep import Rows, check_predict, two_points, write
+from samplers.solvers.exponential_multistep import Rows, check_predict, multistep_plan, two_points
 
 _VARIANTS = ("bh1", "bh2", "vary_coeff")
 
@@ -67,4 +67,4 @@ def unipc(
     if corrector:
         change = -rows.scale[:, None] * (corrected - predicted)
         coefficients[1:] += rows.transfer[1:, :1] * change[:-1]
-    return write(p, rows, coefficients)
+    return multistep_plan(p, rows, coefficients)
