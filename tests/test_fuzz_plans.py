@@ -196,7 +196,7 @@ def test_a_plan_that_runs_or_a_refusal(sampler):
         except (ValueError, TypeError) as error:
             if isinstance(error, TypeError) and not any(name in str(error) for name in wrong):
                 raise
-            if not any(word in str(error) for word in (*arguments, "grid", "schedule")):
+            if not any(word in str(error) for word in (*arguments, "grid", "schedule", repr(sampler))):
                 raise  # not a refusal: it names nothing that was given
             outcomes["refused"] += 1
             return
