@@ -262,7 +262,7 @@ def test_a_start_at_pure_noise_never_enters_the_history(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_the_step_to_zero_noise_is_ddims(name):
-    options = {"lower_order_final": False}
+    options = {"lower_order_final": False, "grid": "logsnr"}
     last = make_plan(name, VP, steps=6, final="zero", **options).instructions[-1]
     if name.startswith("eab") or name == "dpmpp-3m":
         assert last.terms == (("o5", 1.0),)  # x0 itself

@@ -114,7 +114,10 @@ def test_noise_one_percent_too_large_misses_the_variance():
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-@pytest.mark.parametrize("where", [{"steps": 8}, {"steps": 20}, {"sigmas": [50.0, 9.0, 2.0, 0.5, 0.1, 0.0]}])
+@pytest.mark.parametrize(
+    "where",
+    [{"steps": 8, "grid": "logsnr"}, {"steps": 20, "grid": "logsnr"}, {"sigmas": [50.0, 9.0, 2.0, 0.5, 0.1, 0.0]}],
+)
 def test_without_noise_and_corrector_it_is_exponential_adams_bashforth(order, where):
     plan = make_plan("sa-solver", VP, tau=0.0, predictor_order=order, corrector_order=0, **where)
     assert plan.close(make_plan(f"eab-{order}", VP, predict="x0", **where))
