@@ -187,9 +187,10 @@ def make_grid(schedule: Schedule, grid: str | Points, steps: int, final: str | N
 
 
 def allows(schedule: Schedule, grid: str | Points) -> bool:
-    """Whether a schedule allows a grid: "logsnr" needs a finite start, "ays" the schedule it was published for."""
+    """Whether a schedule has a grid's nodes: "logsnr" needs a finite start, "ays" the schedule it was published for."""
+    points = points_of(grid).points
     try:
-        make_grid(schedule, grid, 1)
+        points(schedule, 2)
     except ValueError:
         return False
     return True

@@ -63,3 +63,11 @@ def _network(mixture, schedule, predicts):
         return (denoised - data**2 / total * x_hat) * total**0.5 / (sigma[:, None] * data)
 
     return raw_edm if predicts == "edm" else from_time
+
+
+@pytest.fixture(scope="session")
+def problem_on():
+    """The problem of the certificates on "vp_linear", "cosine" or "edm", with its reference; made once."""
+    from bench.certify.order import problem
+
+    return problem

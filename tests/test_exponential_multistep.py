@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
-from test_parity import SCHEDULE, X_T, assert_same, scheduler
-from test_solvers import Problem, network
+from test_parity import SCHEDULE, X_T, assert_same, multistep, scheduler
+from test_solvers import network
 
 from samplers import EpsModel, make_plan, run_plan, schedules
 from samplers.grid import Grid, from_timesteps
@@ -21,18 +21,6 @@ from samplers.solvers.exponential import singlestep
 VP, COSINE, EDM, FLOW = schedules.vp_linear(), schedules.cosine(), schedules.edm(), schedules.flow()
 BY_NAME = {s.name: s for s in (VP, COSINE, EDM)}
 ALL = [f"eab-{k}" for k in (1, 2, 3, 4)] + ["dpm-solver-3m", "dpmpp-3m"]
-
-
-@pytest.fixture(scope="session")
-def problem_on():
-    problems = {}
-
-    def get(name):
-        if name not in problems:
-            problems[name] = Problem(BY_NAME[name])
-        return problems[name]
-
-    return get
 
 
 def slope(problem, name, grid, n, **options):
@@ -334,20 +322,7 @@ def follow(made, model, monkeypatch):
     ],
 )
 def test_third_order_multistep_dpm_solver(model, monkeypatch, name, algorithm, final, solver_type, steps):
-    made = scheduler(
-        "DPMSolverMultistepScheduler",
-        steps,
-        solver_order=3,
-        algorithm_type=algorithm,
-        solver_type=solver_type,
-        final_sigmas_type=final,
-        timestep_spacing="linspace",
-    )
-    times = made.timesteps.tolist()
-    if final == "zero":
-        where = {"sigmas": [*SCHEDULE.sigma_bar(np.array(times, dtype=float)), 0.0]}
-    else:
-        where = {"timesteps": [*times, 0]}
+    made, where = multistep(steps, final, solver_order=3, algorithm_type=algorithm, solver_type=solver_type)
     got = run_plan(make_plan(name, SCHEDULE, solver_type=solver_type, **where), model, X_T)
     assert_same(got, follow(made, model, monkeypatch), 1e-10)
 

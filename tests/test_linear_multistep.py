@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 from test_parity import BETAS, SCHEDULE, X_T
-from test_solvers import Problem, has_order
+from test_solvers import has_order
 
 from samplers import EpsModel, make_plan, run_plan, schedules
 from samplers.program import Combine, Evaluate
@@ -21,18 +21,6 @@ COARSE = schedules.from_betas(np.linspace(0.01, 0.4, 30))
 BY_NAME = {s.name: s for s in (VP, COSINE, EDM)}
 CONSTANT_STEP = {1: [1.0], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
 UNEVEN = np.array([1.0, 0.7, 0.55, 0.3, 0.22, 0.12, 0.05, 0.01])  # of t_max
-
-
-@pytest.fixture(scope="module")
-def problem_on():
-    problems = {}
-
-    def get(name):
-        if name not in problems:
-            problems[name] = Problem(BY_NAME[name])
-        return problems[name]
-
-    return get
 
 
 def weights_of(plan):

@@ -52,6 +52,16 @@ def follow(made, model, x, scaled=False, **options):
     return x
 
 
+def multistep(steps, final, **options):
+    """Their multistep DPM-Solver on "linspace", and its nodes: steps + 1 points without the last, then sigma of step 0, or 0."""
+    spaced = {"final_sigmas_type": final, "timestep_spacing": "linspace"}
+    made = scheduler("DPMSolverMultistepScheduler", steps, **spaced, **options)
+    times = made.timesteps.tolist()
+    if final == "zero":
+        return made, {"sigmas": [*SCHEDULE.sigma_bar(np.array(times, dtype=float)), 0.0]}
+    return made, {"timesteps": [*times, 0]}
+
+
 def assert_same(ours, theirs, tolerance):
     difference = float((ours - theirs).abs().max())
     assert difference < tolerance, f"differs by {difference:g}"
@@ -113,19 +123,6 @@ def test_euler_and_heun(model, spacing, ours, theirs):
     ],
 )
 def test_multistep_dpm_solver(model, ours, algorithm, final, solver_type, steps):
-    made = scheduler(
-        "DPMSolverMultistepScheduler",
-        steps,
-        algorithm_type=algorithm,
-        solver_type=solver_type,
-        final_sigmas_type=final,
-        timestep_spacing="linspace",
-    )
-    # their "linspace" leaves out the last of steps + 1 points, and then ends at sigma of step 0, or at 0
-    times = made.timesteps.tolist()
-    if final == "zero":
-        where = {"sigmas": [*SCHEDULE.sigma_bar(np.array(times, dtype=float)), 0.0]}
-    else:
-        where = {"timesteps": [*times, 0]}
+    made, where = multistep(steps, final, algorithm_type=algorithm, solver_type=solver_type)
     got = run_plan(make_plan(ours, SCHEDULE, solver_type=solver_type, **where), model, X_T)
     assert_same(got, follow(made, model, X_T), 5e-6)  # they round the state to float32 in every step

@@ -15,15 +15,14 @@ import types
 import numpy as np
 import pytest
 import torch
+from test_parity import BETAS, SCHEDULE, X_T, multistep
 
 from samplers import EpsModel, make_plan, run_plan, schedules
 from samplers.program import Combine, Evaluate
 
 pytestmark = pytest.mark.parity
 
-BETAS = np.linspace(1e-4, 0.02, 1000)
-SCHEDULE, EDM = schedules.from_betas(BETAS), schedules.edm()
-X_T = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+EDM = schedules.edm()
 
 
 @pytest.fixture(scope="module")
@@ -163,20 +162,9 @@ def test_multistep_sde(model, steps, final, solver_type):
 
 
 def multistep_sde(name, order, steps, final, solver_type, options):
-    made, _ = scheduler(
-        "DPMSolverMultistepScheduler",
-        steps,
-        algorithm_type="sde-dpmsolver++",
-        solver_order=order,
-        solver_type=solver_type,
-        final_sigmas_type=final,
-        timestep_spacing="linspace",
+    made, where = multistep(
+        steps, final, algorithm_type="sde-dpmsolver++", solver_order=order, solver_type=solver_type
     )
-    times = made.timesteps.tolist()
-    if final == "zero":
-        where = {"sigmas": [*SCHEDULE.sigma_bar(np.array(times, dtype=float)), 0.0]}
-    else:
-        where = {"timesteps": [*times, 0]}
     return make_plan(name, SCHEDULE, **where, **options), made
 
 

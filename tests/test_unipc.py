@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_exponential_multistep import BY_NAME, exact_states, last_step, problem_on, slope, terms_of  # noqa: F401
+from test_exponential_multistep import BY_NAME, exact_states, last_step, slope, terms_of
 from test_parity import SCHEDULE, X_T, assert_same, scheduler
 from test_solvers import network
 

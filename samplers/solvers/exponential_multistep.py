@@ -97,20 +97,33 @@ def multistep(
         weights: of the third-order steps: "published", or "exact", with the factor 2, third order.
         lower_order_final: whether the last steps are of orders ..., 2, 1; an int n means "where there are fewer than n".
     """
+    p = Draft(grid, prediction)
+    rows = Rows(p, order, lower_order_final)
+    return multistep_plan(p, rows, rows.coefficients(published_weights(rows, solver_type, weights)))
+
+
+def published_weights(rows: Rows, solver_type: str, weights: str) -> np.ndarray:
+    """The weights (N, order) of the DPM-Solver multistep methods, of their ODE forms and of their SDE forms.
+
+    Args:
+        rows: of order 2 or 3.
+        solver_type, weights: as in `multistep`.
+
+    Raises:
+        ValueError: an unknown solver_type or weights.
+    """
     check_solver_type(solver_type)
     if weights not in ("published", "exact"):
         raise unknown("weights", weights, ("published", "exact"))
-    p = Draft(grid, prediction)
-    rows = Rows(p, order, lower_order_final)
     w, points = rows.adams_bashforth(), rows.points
     if solver_type == "midpoint":
         second = rows.orders == 2
         w[second, :2] = two_points(rows.z, 0.5 * psi(1, rows.z), points[:, 1])[second]
-    if order == 3 and weights == "published":
+    if points.shape[1] == 3 and weights == "published":
         third = rows.orders == 3
         difference = lagrange(points)[..., -1]  # the coefficient of u^2
         w[third] -= (psi(3, rows.z)[:, None] * difference)[third]
-    return multistep_plan(p, rows, rows.coefficients(w))
+    return w
 
 
 def eab(grid: Grid, *, order: int, predict: str = "x0", lower_order_final: bool | int = 15) -> Plan:

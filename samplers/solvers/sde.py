@@ -16,14 +16,13 @@ from __future__ import annotations
 import numpy as np
 
 from samplers.draft import Draft
-from samplers.errors import check_amount, unknown
+from samplers.errors import check_amount
 from samplers.grid import Grid
 from samplers.plan import Plan
 from samplers.solvers.ancestral import ancestral_levels
-from samplers.solvers.exponential import check_solver_type, inner_fractions, psi
-from samplers.solvers.exponential_multistep import Rows, check_predict, two_points
+from samplers.solvers.exponential import inner_fractions, psi
+from samplers.solvers.exponential_multistep import Rows, check_predict, published_weights
 from samplers.solvers.stages import finite_lam, stage, staged_plan
-from samplers.solvers.weights import lagrange
 
 
 def seeds(
@@ -130,13 +129,8 @@ def dpmpp_2m_sde(
         s_noise: factor on the noise's standard deviation, at least 0.
         lower_order_final: as in `exponential_multistep.multistep`; k-diffusion does not lower.
     """
-    check_solver_type(solver_type)
     p, rows = _rows(grid, 2, eta, s_noise, lower_order_final)
-    slope = 0.5 * psi(1, rows.z) if solver_type == "midpoint" else psi(2, rows.z)
-    weights = rows.adams_bashforth()
-    second = rows.orders == 2
-    weights[second] = two_points(rows.z, slope, rows.points[:, 1])[second]
-    return _multistep(p, rows, weights, eta, s_noise)
+    return _multistep(p, rows, published_weights(rows, solver_type, "exact"), eta, s_noise)
 
 
 def dpmpp_3m_sde(
@@ -159,14 +153,8 @@ def dpmpp_3m_sde(
         weights: of the third-order steps: "published", or "exact", with the factor 2.
         eta, s_noise, lower_order_final: as in `dpmpp_2m_sde`.
     """
-    if weights not in ("published", "exact"):
-        raise unknown("weights", weights, ("published", "exact"))
     p, rows = _rows(grid, 3, eta, s_noise, lower_order_final)
-    found = rows.adams_bashforth()
-    if weights == "published":
-        third = rows.orders == 3
-        found[third] -= (psi(3, rows.z)[:, None] * lagrange(rows.points)[..., -1])[third]  # by the coefficient of u^2
-    return _multistep(p, rows, found, eta, s_noise)
+    return _multistep(p, rows, published_weights(rows, "heun", weights), eta, s_noise)
 
 
 def _solution(predict: str, eta: float, h: np.ndarray, to: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

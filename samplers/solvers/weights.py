@@ -31,6 +31,17 @@ def phi(k: int, z: np.ndarray) -> np.ndarray:
     return np.where(small, series, direct)
 
 
+def phis(k: int, z: np.ndarray) -> np.ndarray:
+    """`phi_1, ..., phi_k` at z (...), as (..., k): near zero from the last one down, elsewhere from the first one up."""
+    small = np.abs(z) < _SERIES_BELOW
+    near, far = np.where(small, z, 0.0), np.where(small, 1.0, z)
+    down, up = [phi(k, near)], [np.expm1(far) / far]
+    for j in range(1, k):
+        down.append(near * down[-1] + 1.0 / math.factorial(k - j))
+        up.append((up[-1] - 1.0 / math.factorial(j)) / far)
+    return np.where(small[..., None], np.stack(down[::-1], axis=-1), np.stack(up, axis=-1))
+
+
 def lagrange(points: np.ndarray) -> np.ndarray:
     """Coefficients of the Lagrange polynomials.
 
@@ -66,7 +77,8 @@ def exponential_adams(points: np.ndarray, z: np.ndarray) -> np.ndarray:
 
     By `integral_0^1 e^(z (1 - u)) u^p du = p! phi_(p+1)(z)`.
     """
-    moments = np.stack([math.factorial(p) * phi(p + 1, z) for p in range(points.shape[-1])], axis=-1)
+    k = points.shape[-1]
+    moments = phis(k, z) * [float(math.factorial(p)) for p in range(k)]
     return (lagrange(points) @ moments[..., None])[..., 0]
 
 
