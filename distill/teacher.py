@@ -36,6 +36,7 @@ from distill.checkpoint import (
     write_folder,
 )
 from distill.config import DTYPES, TeacherConfig
+from distill.widen import widened
 from samplers.schedule import Schedule, from_config
 
 _MAY_CHANGE = {"images", "cooldown", "save_every"}  # between two starts of one run
@@ -141,7 +142,8 @@ class Trainer:
         config: what the run is.
         folder: `state/` (what resuming needs), `model/` (a checkpoint of the averaged weights) and `log.jsonl`.
         device: of the network.
-        init: folder of a checkpoint whose weights a new run begins with; its network must be the configured one.
+        init: folder of a checkpoint whose weights a new run begins with; its network must be the configured one, or a
+            narrower one of the same layout, which `widened` makes wider.
 
     Attributes:
         network, ema: as it is trained, and its averaged weights.
@@ -163,7 +165,7 @@ class Trainer:
             self.network = build_network(config.network)
         resumes = recover_folder(self.folder / "state").exists()
         if init is not None and not resumes:
-            load_weights(self.network, load_checkpoint(init).network.state_dict(), Path(init))
+            self._start_from(Path(init))
         self.network.to(self.device)
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
@@ -213,6 +215,18 @@ class Trainer:
         loss = {"loss": self.log[-1]["loss"]} if self.log else {}
         info = {"images": self.step * self.config.batch_size, "training": asdict(self.config), **loss}
         return Checkpoint(copy.deepcopy(self.ema).eval(), self.schedule, self.config.predicts, info)
+
+    def _start_from(self, init: Path) -> None:
+        trained, widths = load_checkpoint(init).network, self.network.arguments["widths"]
+        if (
+            trained.arguments != self.network.arguments
+            and trained.arguments | {"widths": widths} == self.network.arguments
+        ):
+            try:
+                trained = widened(trained, widths, self.config.seed)
+            except ValueError as error:
+                raise CheckpointError(f"{init} does not fit: {error}") from error
+        load_weights(self.network, trained.state_dict(), init)
 
     def _train_step(self, images: Tensor, labels: Tensor | None) -> Tensor:
         batch = draw_batch(images, labels, self.network.classes, self.schedule, self.config, self.step)

@@ -305,8 +305,8 @@ class Discrete(Schedule):
     def _interval(self, whole: Any, like: Any, xp: Any) -> tuple[Any, Any, Any, Any]:
         """Index, first node, slope and `alpha_is_linear` of interval `whole`, the nearest for times outside."""
         last = len(self._slopes) - 1
-        i = np.clip(whole, 0, last).astype(np.int64) if xp is np else whole.clamp(0, last).long()
-        alpha_is_linear = (i == last) & (self.alphas_cumprod[-1] == 0)
+        i = np.minimum(np.maximum(whole, 0), last).astype(np.int64) if xp is np else whole.clamp(0, last).long()
+        alpha_is_linear = i == last if self.alphas_cumprod[-1] == 0 else xp.zeros_like(i, dtype=bool)
         return i, self._table("_nodes", like)[i], self._table("_slopes", like)[i], alpha_is_linear
 
     def _log_alpha(self, t: Any, xp: Any) -> Any:

@@ -162,9 +162,7 @@ def test_multistep_sde(model, steps, final, solver_type):
 
 
 def multistep_sde(name, order, steps, final, solver_type, options):
-    made, where = multistep(
-        steps, final, algorithm_type="sde-dpmsolver++", solver_order=order, solver_type=solver_type
-    )
+    made, where = multistep(steps, final, algorithm_type="sde-dpmsolver++", solver_order=order, solver_type=solver_type)
     return make_plan(name, SCHEDULE, **where, **options), made
 
 

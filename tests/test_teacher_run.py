@@ -399,5 +399,5 @@ def test_a_new_run_may_begin_with_the_weights_of_a_checkpoint(uninterrupted: Pat
     resumed = Trainer(config(), uninterrupted, init=tmp_path / "nowhere")  # a run that goes on keeps its own weights
     assert resumed.step == 40
     other = config(network={**config().network, "widths": [32, 32]})
-    with pytest.raises(CheckpointError, match="another architecture"):
+    with pytest.raises(CheckpointError, match="widths must begin with 16"):
         Trainer(other, tmp_path / "other", init=uninterrupted / "model")

@@ -49,7 +49,7 @@ VARIANTS, ORDERS = ("bh1", "bh2", "vary_coeff"), (1, 2, 3, 4)
         (3, {"corrector": False, "predict": "eps"}, "edm", "logsnr", 320, 3),
     ],
 )
-def test_global_order(problem_on, p, options, on, grid, n, order):  # noqa: F811
+def test_global_order(problem_on, p, options, on, grid, n, order):
     assert abs(slope(problem_on(on), f"unipc-{p}", grid, n, **options) - order) <= 0.2
 
 
