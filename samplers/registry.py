@@ -62,6 +62,12 @@ class Sampler:
     integrate: Callable[..., Tensor] | None = field(default=None, repr=False)
 
     @cached_property
+    def _functions(self) -> frozenset[str]:
+        """Options that may also be functions."""
+        parameters = inspect.signature(self.build).parameters if self.build else {}
+        return frozenset(name for name, p in parameters.items() if "Callable" in str(p.annotation))
+
+    @cached_property
     def options(self) -> dict[str, Any]:
         """The sampler's own options and their defaults."""
         made_by = self.build or self.integrate
@@ -97,6 +103,8 @@ class Sampler:
                 raise unknown(f"option of sampler {self.name!r}:", name, self.options or ("none",))
             default = self.options[name]
             wanted = Real if isinstance(default, float) else Integral if isinstance(default, int) else object
+            if callable(value) and name in self._functions:
+                continue
             if not isinstance(value, wanted) or (isinstance(default, float) and isinstance(value, bool)):
                 raise TypeError(f"{name} of sampler {self.name!r} must be like its default {default}, got {value!r}")
 

@@ -247,3 +247,33 @@ def test_bad_options(options, message):
 def test_large_tau_stays_finite():
     plan = make_plan("sa-solver", VP, steps=5, tau=1000.0, **EVERYWHERE)  # x0 and fresh noise at every node
     assert moments_of_a_gaussian(plan, VP, std=0.0)[1] == pytest.approx(VP.sigma(VP.t_min) ** 2, rel=1e-9)
+
+
+def test_tau_may_be_a_function_of_sigma_bar():
+    options = {"tau_start": math.inf, "tau_end": 0.0, "steps": 6, "grid": "logsnr"}
+    number, constant = (make_plan("sa-solver", VP, tau=tau, **options) for tau in (0.7, lambda s: np.full(len(s), 0.7)))
+    assert constant == number
+    seen = []
+    ramp = make_plan("sa-solver", VP, tau=lambda s: seen.append(s) or np.where(s > 1.0, 1.0, 0.0), **options)
+    sigma_bar = VP.sigma_bar(np.array(ramp.times[:-1]))
+    np.testing.assert_allclose(seen[0], sigma_bar)
+    assert ramp.noises == (sigma_bar > 1.0).sum()
+    assert ramp == make_plan("sa-solver", VP, **{**options, "tau_end": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("tau", "message"),
+    [
+        (lambda s: s[:2], r"tau must give a value for each of 6 steps, got shape \(2,\)"),
+        (lambda s: -s, r"tau must lie in \[0, 1000\], got \[-"),
+        (lambda s: s * math.nan, r"tau must lie in \[0, 1000\], got \[nan"),
+    ],
+)
+def test_a_function_for_tau_is_checked(tau, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan("sa-solver", VP, tau=tau, steps=6)
+
+
+def test_only_tau_may_be_a_function():
+    with pytest.raises(TypeError, match="tau_end of sampler 'sa-solver' must be like its default"):
+        make_plan("sa-solver", VP, tau_end=lambda s: s, steps=6)

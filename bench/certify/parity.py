@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import itertools
 import math
+import sys
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +59,10 @@ def in_double(name: str, noises: Iterator[Tensor], double: bool = True) -> Itera
     """
     import diffusers
 
-    made = getattr(diffusers, name)
+    with _without_torchsde():
+        made = getattr(diffusers, name)
+        if name == "DPMSolverSDEScheduler":  # a dummy in `diffusers` where torchsde is missing
+            made = importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
     module = importlib.import_module(made.__module__)
     changes: dict[str, Any] = {"np": _Double(np), "torch": _Double(torch)} if double else {}
     changes["randn_tensor"] = lambda shape, dtype=None, **_: next(noises).to(dtype)
@@ -66,6 +72,40 @@ def in_double(name: str, noises: Iterator[Tensor], double: bool = True) -> Itera
         yield made
     finally:
         vars(module).update(before)
+
+
+@contextmanager
+def _without_torchsde() -> Iterator[None]:
+    """Lets their SDE scheduler be imported without the library of its Brownian tree, in whose place `_brownian` stands."""
+    missing = importlib.util.find_spec("torchsde") is None
+    if missing:
+        sys.modules["torchsde"] = types.ModuleType("torchsde")
+    try:
+        yield
+    finally:
+        if missing:
+            del sys.modules["torchsde"]
+
+
+def _brownian(plan: Plan, noises: list[Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A Brownian path over sigma_bar, from the plan's own noises, as k-diffusion's tree would give its increments.
+
+    Each noise of the plan is the path's increment from one network call's level to the next, divided by its deviation.
+    """
+    levels = [call.sigma / call.alpha for call in plan.calls]
+
+    def increment(start: Tensor, stop: Tensor) -> Tensor:
+        """Of deviation 1, over sigma from `start` down to `stop`."""
+        slack = 1e-4
+        inside = [
+            k
+            for k in range(plan.noises)
+            if levels[k + 1] > (1 - slack) * float(stop) and levels[k] < (1 + slack) * float(start)
+        ]
+        moved = torch.stack([noises[k] * (levels[k] - levels[k + 1]) ** 0.5 for k in inside]).sum(0)
+        return moved / float(start - stop) ** 0.5
+
+    return increment
 
 
 @functools.cache
@@ -120,6 +160,8 @@ def differences_of(case: Case, double: bool = True) -> list[float]:
         _set_nodes(made, case)
         scaled = bool((made.scale_model_input(start, made.timesteps[0]) != start).any())  # their state is x / alpha
         plan = _plan(case, made, double)
+        if hasattr(made, "noise_sampler"):
+            made.noise_sampler = _brownian(plan, noises)
         theirs = _follow(made, plan, start, case)
     ours: list[Tensor] = []
     run_plan(
@@ -144,7 +186,8 @@ def _set_nodes(made: Any, case: Case) -> None:
         # their last step has length zero: a call that nothing comes of
         made.sigmas, made.timesteps = made.sigmas[:-1], made.timesteps[:-1]
         made.order_list = made.get_order_list(len(made.timesteps))
-    if exact and len(made.sigmas) == len(made.timesteps) + 1:
+    second = hasattr(made, "_second_order_timesteps")  # their inner times, by `_sigma_to_t`, are among the times
+    if exact and not second and len(made.sigmas) == len(made.timesteps) + 1:
         made.timesteps = torch.as_tensor(SCHEDULE.t_of_lam(-np.log(made.sigmas[:-1].double().numpy())))
 
 

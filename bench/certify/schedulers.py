@@ -159,7 +159,8 @@ def _stochastic() -> Iterator[Case]:
             "final_sigmas_type": final,
         }
         yield Case("DPMSolverMultistepScheduler", theirs, "dpmpp-3m-sde", {}, 10, first_step=3, cause=_SIGN)
-    yield Case("DPMSolverSDEScheduler", {}, "dpmpp-sde")
+    for spacing in ("leading", "trailing"):
+        yield Case("DPMSolverSDEScheduler", {"timestep_spacing": spacing}, "dpmpp-sde", nodes="exact")
     for (predictor, corrector), tau in product(((1, 1), (2, 2), (3, 4)), (always, never)):
         theirs = {"predictor_order": predictor, "corrector_order": corrector, "tau_func": tau}
         ours = {

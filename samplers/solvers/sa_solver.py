@@ -10,6 +10,8 @@ with `c = 1 + tau^2`. tau = 0 is the probability-flow ODE, tau = 1 the reverse S
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from samplers.draft import Draft, step_orders
@@ -27,7 +29,7 @@ def sa_solver(
     *,
     predictor_order: int = 3,
     corrector_order: int = 4,
-    tau: float = 1.0,
+    tau: float | Callable[[np.ndarray], np.ndarray] = 1.0,
     tau_start: float = 25.8,
     tau_end: float = 0.72,
     weights: str = "exact",
@@ -44,19 +46,20 @@ def sa_solver(
         predictor_order: points of the predictor, 1 to 4.
         corrector_order: points of the corrector, the new one among them, 1 to 4; 0 is no corrector. The authors recommend
             3 and 4 for unconditional sampling, 2 and 2 under strong guidance.
-        tau: scale of the noise, 0 to 1000, on steps that begin at `tau_end <= sigma_bar <= tau_start`; 0 elsewhere.
+        tau: scale of the noise, 0 to 1000, on steps that begin at `tau_end <= sigma_bar <= tau_start`; 0 elsewhere. A number,
+            or a function of the values of sigma_bar (N,) at which the steps begin, each of which keeps its value.
         tau_start, tau_end: by default the released choice, training steps 800 to 200 of the 1000 of DDPM's linear schedule.
         weights: "exact", the paper's integrals, or "published", the authors' code, which at order 2 integrates the slope
             without the exponential (a difference of the third order in h).
         lower_order_final: whether orders fall again at the end; an int n means "where there are fewer than n steps".
     """
-    _check(predictor_order, corrector_order, tau, tau_start, tau_end, weights)
+    _check(predictor_order, corrector_order, tau_start, tau_end, weights)
     p = Draft(grid, "x0")
     predictor = step_orders(p.steps, predictor_order, lower_order_final)
     corrector = [1 + k for k in step_orders(p.steps, corrector_order - 1, lower_order_final)] if corrector_order else []
     lam, alpha, sigma = (a[p.steps.start :] for a in (finite_lam(grid), grid.alpha, grid.sigma))
     h, sigma_bar = np.diff(lam), np.exp(-lam[:-1])
-    square = np.where((tau_end <= sigma_bar) & (sigma_bar <= tau_start), tau**2, 0.0)
+    square = np.where((tau_end <= sigma_bar) & (sigma_bar <= tau_start), _scales(tau, sigma_bar) ** 2, 0.0)
     state = sigma[1:] / sigma[:-1] * np.exp(-square * h)
     noise = sigma[1:] * np.sqrt(-np.expm1(-2.0 * square * h))
     outputs, corrected = _weights(lam, -(1.0 + square) * h, predictor, corrector, weights)
@@ -101,20 +104,21 @@ def _weights(
     return result[: len(lam) - 1], result[len(lam) - 1 :]
 
 
-def _check(
-    predictor_order: int,
-    corrector_order: int,
-    tau: float,
-    tau_start: float,
-    tau_end: float,
-    weights: str,
-) -> None:
+def _scales(tau: float | Callable[[np.ndarray], np.ndarray], sigma_bar: np.ndarray) -> np.ndarray:
+    """The value of tau on each step (N,)."""
+    values = np.asarray(tau(sigma_bar) if callable(tau) else tau, dtype=np.float64)
+    if values.shape not in ((), sigma_bar.shape):
+        raise ValueError(f"tau must give a value for each of {len(sigma_bar)} steps, got shape {values.shape}")
+    if not ((values >= 0) & (values <= _MOST_TAU)).all():
+        raise ValueError(f"tau must lie in [0, {_MOST_TAU:g}], got {values.tolist()}")
+    return values
+
+
+def _check(predictor_order: int, corrector_order: int, tau_start: float, tau_end: float, weights: str) -> None:
     if isinstance(predictor_order, bool) or predictor_order not in range(1, 5):
         raise ValueError(f"predictor_order must be 1, 2, 3 or 4, got {predictor_order!r}")
     if isinstance(corrector_order, bool) or corrector_order not in range(5):
         raise ValueError(f"corrector_order must be 0 (none), 1, 2, 3 or 4, got {corrector_order!r}")
-    if not 0 <= tau <= _MOST_TAU:
-        raise ValueError(f"tau must lie in [0, {_MOST_TAU:g}], got {tau}")
     if not 0 <= tau_end <= tau_start:
         raise ValueError(f"tau_start and tau_end must satisfy 0 <= tau_end <= tau_start, got {tau_start} and {tau_end}")
     if weights not in ("exact", "published"):
