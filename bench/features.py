@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,11 +27,10 @@ FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
 EXTRACTORS = {"mnist_cnn": ASSETS / "mnist-features"}
 STATISTICS = {"mnist": ASSETS / "mnist-stats"}
-_CLASSES, _SIZE = 10, 28
 
 
-class DigitClassifier(nn.Module):
-    """A convolutional classifier of 28 x 28 grey digits, 266 000 parameters as shipped.
+class ImageClassifier(nn.Module):
+    """A convolutional classifier of small images; as shipped, of digits, it has 266 000 parameters.
 
     As in the standard FID, the features are the last convolution's activations averaged over the image; here each is
     shifted and scaled to mean 0 and variance 1 over the training set. The classifier's hidden layer was tried too and is
@@ -38,44 +38,53 @@ class DigitClassifier(nn.Module):
     distance of clean ones. Strided convolutions instead of pooling halve the time.
 
     Args:
-        width: channels of the first level; the second has twice as many.
+        width: channels of the first level; each further one has twice as many.
         hidden: units of the layer between convolutions and logits.
+        channels, size: of the images; `size` is a multiple of `2 ** levels`.
+        classes: number of labels.
+        levels: pairs of convolutions, of which the second halves the image.
     """
 
     feature_mean: Tensor
     feature_std: Tensor
 
-    def __init__(self, width: int = 32, hidden: int = 64) -> None:
+    def __init__(
+        self, width: int = 32, hidden: int = 64, channels: int = 1, size: int = 28, classes: int = 10, levels: int = 2
+    ) -> None:
         super().__init__()
-        if width < 1 or hidden < 1:
-            raise ValueError(f"width and hidden must be at least 1, got {width} and {hidden}")
-        self.arguments: dict[str, Any] = {"width": width, "hidden": hidden}
-        self.shape = (1, _SIZE, _SIZE)
-        self.dims = 2 * width
+        given = {"width": width, "hidden": hidden, "channels": channels, "size": size, "classes": classes}
+        for name, value in {**given, "levels": levels}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if size % 2**levels:
+            raise ValueError(f"size must be a multiple of 2 ** levels = {2**levels}, got {size}")
+        self.arguments: dict[str, Any] = {**given, "levels": levels}
+        self.shape = (channels, size, size)
+        self.classes = classes
+        widths = [channels, *(width * 2**level for level in range(levels))]
+        self.dims = widths[-1]
+        pairs = itertools.pairwise(widths)
         self.convolutions = nn.Sequential(
-            *_convolution(1, width),
-            *_convolution(width, width, stride=2),
-            *_convolution(width, 2 * width),
-            *_convolution(2 * width, 2 * width, stride=2),
+            *(layer for i, o in pairs for layer in (*_convolution(i, o), *_convolution(o, o, stride=2)))
         )
-        self.projection = nn.Linear(2 * width * (_SIZE // 4) ** 2, hidden, bias=False)
+        self.projection = nn.Linear(self.dims * (size // 2**levels) ** 2, hidden, bias=False)
         self.normalisation = nn.BatchNorm1d(hidden, affine=False)
-        self.head = nn.Linear(hidden, _CLASSES)
+        self.head = nn.Linear(hidden, classes)
         self.register_buffer("feature_mean", torch.zeros(self.dims))
         self.register_buffer("feature_std", torch.ones(self.dims))
         # Convolutions follow the layout of their weights; this one is nearly twice as fast on a CPU.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The last convolution's activations averaged over images (B, 1, 28, 28) in [-1, 1]: (B, dims)."""
+        """The last convolution's activations averaged over images (B, C, H, W) in [-1, 1]: (B, dims)."""
         return self.convolutions(x).mean((2, 3))
 
     def features(self, x: Tensor) -> Tensor:
-        """Features (B, dims) of images (B, 1, 28, 28) in [-1, 1]."""
+        """Features (B, dims) of images (B, C, H, W) in [-1, 1]."""
         return (self.pooled(x) - self.feature_mean) / self.feature_std
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, 10) of images (B, 1, 28, 28) in [-1, 1]."""
+        """Logits (B, classes) of images (B, C, H, W) in [-1, 1]."""
         return self.head(self.normalisation(self.projection(self.convolutions(x).flatten(1))).relu())
 
 
@@ -137,7 +146,7 @@ class FeatureExtractor:
     """
 
     name: str
-    network: DigitClassifier
+    network: ImageClassifier
     hash: str
     info: dict[str, Any]
 
@@ -152,7 +161,7 @@ class FeatureExtractor:
         return self.network.shape
 
     def features(self, images: np.ndarray | Tensor, batch_size: int = 250) -> np.ndarray:
-        """Features (N, dims) float64 of images (N, 1, 28, 28), which are `quantise`d first.
+        """Features (N, dims) float64 of images (N, C, H, W), which are `quantise`d first.
 
         Images in memory and the PNGs saved from them so have the same features.
 
@@ -167,7 +176,7 @@ class FeatureExtractor:
         return self._apply(self.network.features, images, batch_size, np.empty((len(images), self.dims)))
 
     def classify(self, images: np.ndarray | Tensor, batch_size: int = 250) -> np.ndarray:
-        """Most probable class (N,) int64 of images (N, 1, 28, 28); arguments and errors as in `features`."""
+        """Most probable class (N,) int64 of images (N, C, H, W); arguments and errors as in `features`."""
         out = np.empty(len(images), dtype=np.int64)
         return self._apply(lambda x: self.network(x).argmax(1), images, batch_size, out)
 
@@ -212,7 +221,7 @@ def load_extractor(name_or_path: str | Path = "mnist_cnn", device: str | torch.d
     return FeatureExtractor(str(config.get("name")), network, found, config.get("info", {}))
 
 
-def save_extractor(folder: str | Path, name: str, network: DigitClassifier, info: dict[str, Any]) -> None:
+def save_extractor(folder: str | Path, name: str, network: ImageClassifier, info: dict[str, Any]) -> None:
     """Save `network` in half precision; `train_classifier` returns one that this does not change."""
     weights = {key: v.half() if v.is_floating_point() else v for key, v in network.state_dict().items()}
     config = {
@@ -327,13 +336,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _build(arguments: Any, folder: Path) -> DigitClassifier:
+def _build(arguments: Any, folder: Path) -> ImageClassifier:
     source = folder / "config.json"
     arguments = dict(arguments) if isinstance(arguments, dict) else {}
     found = arguments.pop("class", None)
-    if found != DigitClassifier.__name__:
-        raise CheckpointError(f"{source} is of another architecture: class must be 'DigitClassifier', got {found!r}")
+    if found != ImageClassifier.__name__:
+        raise CheckpointError(f"{source} is of another architecture: class must be 'ImageClassifier', got {found!r}")
     try:
-        return DigitClassifier(**arguments)
+        return ImageClassifier(**arguments)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {type(error).__name__}: {error}") from error

@@ -21,8 +21,8 @@ from bench.features import (
     ASSETS,
     EXTRACTORS,
     STATISTICS,
-    DigitClassifier,
     FeatureExtractor,
+    ImageClassifier,
     content_hash,
     dequantise,
     load_extractor,
@@ -216,13 +216,13 @@ def edit(file: Path, **changes: object) -> None:
 
 def test_a_pickle_is_refused(tmp_path):
     file = tmp_path / "classifier.pt"
-    torch.save(DigitClassifier(2, 2).state_dict(), file)
+    torch.save(ImageClassifier(2, 2).state_dict(), file)
     with pytest.raises(CheckpointError, match="is a pickle"):
         load_extractor(file)
 
 
 def test_a_pickle_under_another_name_is_refused(folder):
-    torch.save(DigitClassifier().state_dict(), folder / "model.safetensors")
+    torch.save(ImageClassifier().state_dict(), folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="truncated or not safetensors"):
         load_extractor(folder)
 
@@ -257,9 +257,9 @@ def test_a_missing_folder_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"format": 9}, "format must be 1, got 9"),
-        ({"network": {"class": "LeNet"}}, "another architecture: class must be 'DigitClassifier', got 'LeNet'"),
-        ({"network": {"class": "DigitClassifier", "hidden": 32}}, "another architecture"),
-        ({"network": {"class": "DigitClassifier", "depth": 3}}, "depth"),
+        ({"network": {"class": "LeNet"}}, "another architecture: class must be 'ImageClassifier', got 'LeNet'"),
+        ({"network": {"class": "ImageClassifier", "hidden": 32}}, "another architecture"),
+        ({"network": {"class": "ImageClassifier", "depth": 3}}, "depth"),
         ({"network": None}, "another architecture"),
         ({"hash": None}, "altered"),
     ],
@@ -381,6 +381,32 @@ def test_augmentation_moves_a_digit_by_at_most_the_shift():
     assert 2 < centre.abs().max() <= 3.001
 
 
+def test_half_of_the_images_are_mirrored():
+    still = replace(TINY, shift=0.0, rotation=0.0, scale=0.0, flip=True)
+    images = noise(200)
+    moved = augment(images, still, torch.Generator().manual_seed(0))
+    same, mirrored = (((moved - other).abs().amax((1, 2, 3)) < 1e-4) for other in (images, images.flip(3)))
+    assert (same ^ mirrored).all()
+    assert 70 < mirrored.sum() < 130
+
+
+def test_a_classifier_of_colour_images_is_trained_saved_and_loaded(tmp_path):
+    grey, labels = strokes(96)
+    images = np.zeros((96, 3, 32, 32), np.uint8)
+    images[:, :, 2:30, 2:30] = grey * np.array([1.0, 0.5, 0.0])[:, None, None]
+    network, losses = train_classifier(images, labels % 4, replace(TINY, levels=3, flip=True), progress=False)
+    save_extractor(tmp_path, "colour", network, {})
+    loaded = load_extractor(tmp_path)
+    assert (loaded.shape, loaded.dims, loaded.network.classes) == ((3, 32, 32), 16, 4)
+    np.testing.assert_allclose(loaded.features(images).mean(0), 0.0, atol=0.1)
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_sizes_that_do_not_halve_are_refused():
+    with pytest.raises(ValueError, match=r"size must be a multiple of 2 \*\* levels = 8, got 28"):
+        ImageClassifier(levels=3)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
@@ -388,7 +414,7 @@ def test_augmentation_moves_a_digit_by_at_most_the_shift():
         (np.zeros((64, 1, 28, 28)), np.zeros(64, int), "images must be"),
         (np.zeros((64, 1, 28, 28), np.uint8), np.zeros(63, int), "labels must be"),
         (np.zeros((64, 1, 28, 28), np.uint8), np.zeros(64), "labels must be"),
-        (np.zeros((64, 1, 28, 28), np.uint8), np.full(64, 10), r"labels must lie in 0 \.\. 9"),
+        (np.zeros((64, 1, 28, 28), np.uint8), np.full(64, -1), "labels must be at least 0, got -1"),
         (np.zeros((8, 1, 28, 28), np.uint8), np.zeros(8, int), "must fill a batch of 32, got 8"),
     ],
 )
