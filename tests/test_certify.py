@@ -213,6 +213,26 @@ def test_the_strong_error_is_that_of_a_simulated_path():
     assert np.sqrt(((ends[0] - ends[1]) ** 2).mean()) == pytest.approx(strong_error(coarse, VP), rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("dpmpp-sde", {}), ("seeds", {"order": 3, "predict": "x0"}), ("seeds", {"order": 2})]
+)
+def test_a_noise_for_each_call_is_an_increment_of_the_path_too(name, options):
+    errors = []
+    for steps in (320, 640):
+        plan = make_plan(name, VP, steps=steps, grid="logsnr", **options)
+        assert plan.noises == plan.nfe > steps
+        assert no_strong_order(plan, VP) == ""
+        errors.append(strong_error(plan, VP))
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "options"), [("restart", {}), ("edm", {"s_churn": 1.0}), ("consistency", {})])
+def test_noise_put_back_has_no_strong_order(name, options):
+    assert "neither a noise for each step" in no_strong_order(
+        make_plan(name, VP, steps=40, grid="logsnr", **options), VP
+    )
+
+
 def test_half_the_noise_has_no_order_and_no_strong_order():
     plan = make_plan("euler-ancestral", VP, steps=100, grid="logsnr", s_noise=0.5)
     assert "another SDE" in no_strong_order(plan, VP)

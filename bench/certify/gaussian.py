@@ -78,7 +78,7 @@ def strong_error(plan: Plan, schedule: Schedule) -> float:
     noise of a step is `z = integral e^lam dW`, normalised. On a Gaussian with `v = alpha^2 s^2 + sigma^2` a deviation from
     the mean grows from s to t by `(alpha_s / alpha_t) (v_t / v_s)`.
     """
-    lam = schedule.lam(np.array(plan.times))
+    lam = schedule.lam(np.array(_noise_times(plan)))
     half, middle = 0.5 * np.diff(lam)[:, None], 0.5 * (lam[1:] + lam[:-1])[:, None]
     at = middle + half * _POINTS
     response = _growth(schedule, at, lam[-1]) * math.sqrt(2.0) * schedule.sigma(schedule.t_of_lam(at))
@@ -100,19 +100,27 @@ def _growth(schedule: Schedule, lam: np.ndarray, end: float) -> np.ndarray:
     return alpha / alpha_end * v_end / v
 
 
+def _noise_times(plan: Plan) -> list[float]:
+    """Where the stretches of the Brownian path begin that the plan's noises are the increments of, and where the last ends.
+
+    A noise belongs to a step, or where a step has several, to the stretch from one network call to the next.
+    """
+    return list(plan.times) if plan.noises == plan.steps else [*(call.t for call in plan.calls), plan.times[-1]]
+
+
 def no_strong_order(plan: Plan, schedule: Schedule) -> str:
     """Why a plan has no strong order that can be measured here; empty where it has one."""
-    steps: list[list[tuple[str, float]]] = [[]]
+    first, done = [], 0
     for step in plan.instructions:
-        if isinstance(step, Combine):
-            steps[-1] += [(name, c) for name, c in step.terms if name[0] == "z"]
-            steps += [[]] if step.node is not None else []
-    first = [[pair for pair in pairs if pair[0] == f"z{i}"] for i, pairs in enumerate(steps[:-1])]
-    if plan.noises != plan.steps or not all(first) or len(steps) != plan.steps + 1:
-        return "not one noise for each step: the plan does not say how its noises share a Brownian path"
-    lam = schedule.lam(np.array(plan.times))
-    expected = schedule.sigma(np.array(plan.times[1:])) * np.sqrt(-np.expm1(-2.0 * np.diff(lam)))
-    ratio = np.array([pairs[0][1] for pairs in first]) / expected
+        if isinstance(step, Combine) and step.node is not None:
+            own = [c for name, c in step.terms if name[0] == "z" and int(name[1:]) >= done]
+            first.append(math.hypot(*own))
+            done += len(own)
+    each = len(plan.calls) if plan.noises > plan.steps else plan.steps
+    if plan.noises not in (plan.steps, len(plan.calls)) or done != each or not all(first):
+        return "neither a noise for each step nor for each call: the plan does not say how its noises share a Brownian path"
+    lam, sigma = schedule.lam(np.array(plan.times)), schedule.sigma(np.array(plan.times[1:]))
+    ratio = np.array(first) / (sigma * np.sqrt(-np.expm1(-2.0 * np.diff(lam))))
     if abs(float(np.median(ratio)) - 1.0) > 0.1:
         return f"another SDE than the reverse one: its noise is {ratio.min():.2f} to {ratio.max():.2f} times as much"
     return ""
