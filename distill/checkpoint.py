@@ -6,12 +6,12 @@ import inspect
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,8 +19,11 @@ from distill.network import PatchUNet
 from samplers import schedule as schedules
 from samplers.errors import unknown
 from samplers.model import PREDICTIONS
+from samplers.plan import Plan
 
 FORMAT = 1
+PART_BYTES = 15_000_000  # of a file of tensors, which some hosts and tools do not take much larger
+_PARTS = "parts"
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _PICKLES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin"}
 NETWORKS: dict[str, type[PatchUNet]] = {"PatchUNet": PatchUNet}
@@ -40,29 +43,76 @@ def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], documents:
 
     Args:
         folder: replaced as a whole if it exists.
-        tensors: {name: {key: tensor}}, each written as `name.safetensors`.
+        tensors: {name: {key: tensor}}, each written as `name.safetensors`, and what is beyond 15 MB in it as
+            `name.part2.safetensors` and so on.
         documents: {name: JSON-ready object}, each written as `name.json`.
 
     Raises:
+        CheckpointError: the files cannot be written (a full disk, say); `folder` is untouched.
         ValueError: a document holds NaN or Inf; `folder` is untouched.
     """
     new, old = folder.with_name(folder.name + ".new"), _previous(folder)
-    recover_folder(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    try:
+        recover_folder(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        _fill(new, tensors, documents)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        recover_folder(folder)
+        raise CheckpointError(f"{folder} cannot be written: {error}; what was there before is whole") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _fill(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[str, Any]) -> None:
+    """Write a new folder's files, onto the disk."""
+    folder.mkdir(parents=True)
     for name, content in tensors.items():
         on_cpu = {key: value.detach().cpu().contiguous() for key, value in content.items()}
-        save_file(on_cpu, new / f"{name}.safetensors")
+        parts = _parts(on_cpu)
+        for number, part in enumerate(parts, 1):
+            save_file(part, _part_file(folder / f"{name}.safetensors", number), {_PARTS: str(len(parts))})
     for name, document in documents.items():
-        (new / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    for path in (*new.iterdir(), new):
+        (folder / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    for path in (*folder.iterdir(), folder):
         _sync(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _parts(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Tensors in parts of at most `PART_BYTES`, or of one tensor that is larger; one part where there are none."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, value in tensors.items():
+        if parts[-1] and size + value.nbytes > PART_BYTES:
+            parts.append({})
+            size = 0
+        parts[-1][name] = value
+        size += value.nbytes
+    return parts
+
+
+def _part_file(file: Path, number: int) -> Path:
+    return file if number == 1 else file.with_name(f"{file.stem}.part{number}{file.suffix}")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written (a full disk, say); `file` is as it was.
+    """
+    new = file.with_name(file.name + ".new")
+    try:
+        new.write_text(text)
+        new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise CheckpointError(f"{file} cannot be written: {error}; what was there before is whole") from error
 
 
 def recover_folder(folder: Path) -> Path:
@@ -94,17 +144,27 @@ def _sync(path: Path) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
+    """The tensors of a safetensors file, and of the further parts that it says it has, on the CPU.
 
     Raises:
-        CheckpointError: the file is absent, truncated, a pickle, or not safetensors.
+        CheckpointError: a file is absent, truncated, a pickle, or not safetensors.
     """
+    tensors, parts = _read_part(file)
+    for number in range(2, parts + 1):
+        tensors |= _read_part(_part_file(file, number))[0]
+    return tensors
+
+
+def _read_part(file: Path) -> tuple[dict[str, Tensor], int]:
+    """The tensors of one file, and the number of files there are."""
     _refuse_pickle(file)
     if not file.is_file():
         raise CheckpointError(f"checkpoint file {file} does not exist")
     try:
-        return load_file(file)
-    except SafetensorError as error:
+        with safe_open(file, framework="pt") as opened:
+            parts = int((opened.metadata() or {}).get(_PARTS, "1"))
+        return load_file(file), parts
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"checkpoint file {file} is truncated or not safetensors: {error}") from error
 
 
@@ -141,16 +201,19 @@ class Checkpoint:
         schedule: the noise schedule it was trained on.
         predicts: what it outputs, as in `EpsModel`.
         info: free JSON-ready description: training images, settings, loss.
+        plans: for a student, the plan it samples with at each number of network calls that it was trained for; without
+            plans it is a model for any sampler.
     """
 
     network: PatchUNet
     schedule: schedules.Schedule
     predicts: str
     info: dict[str, Any]
+    plans: dict[int, Plan] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-    """Save as `folder/model.safetensors` and `folder/config.json`, atomically.
+    """Save as `folder/model.safetensors`, `folder/config.json` and a student's `folder/plan-<calls>.json`, atomically.
 
     Args:
         folder: made with its parents, or replaced.
@@ -168,13 +231,15 @@ def save_checkpoint(folder: str | Path, checkpoint: Checkpoint, dtype: torch.dty
         "schedule": checkpoint.schedule.config(),
         "predicts": checkpoint.predicts,
         "info": checkpoint.info,
+        "calls": sorted(checkpoint.plans),
     }
+    plans = {_plan_name(calls): json.loads(plan.to_json()) for calls, plan in checkpoint.plans.items()}
     state = checkpoint.network.state_dict()
     weights = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     for name, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"weight {name!r} is NaN, Inf, or too large for {dtype}; nothing was saved")
-    write_folder(Path(folder), {"model": weights}, {"config": config})
+    write_folder(Path(folder), {"model": weights}, {"config": config, **plans})
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
@@ -193,6 +258,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         network = build_network(config["network"])
         schedule = schedules.from_config(config["schedule"])
         predicts, info = config["predicts"], config.get("info", {})
+        files = {int(calls): folder / f"{_plan_name(int(calls))}.json" for calls in config.get("calls", [])}
         if predicts not in PREDICTIONS:
             raise unknown("predicts", predicts, PREDICTIONS)
     except KeyError as error:
@@ -200,7 +266,18 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / _CONFIG}: {error}") from error
     load_weights(network, read_tensors(folder / _WEIGHTS), folder / _WEIGHTS)
-    return Checkpoint(network.eval(), schedule, predicts, info)
+    return Checkpoint(network.eval(), schedule, predicts, info, {n: _read_plan(file) for n, file in files.items()})
+
+
+def _plan_name(calls: int) -> str:
+    return f"plan-{calls}"
+
+
+def _read_plan(file: Path) -> Plan:
+    try:
+        return Plan.from_json(json.dumps(read_json(file)))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is not a plan: {error}") from error
 
 
 def _readable(folder: Path) -> Path:

@@ -28,6 +28,8 @@ class PatchUNet(nn.Module):
         layers: residual blocks a level.
         classes: number of labels; one more, the null class with the number `classes`, stands for "no label".
         time_scale: factor on t before the sinusoidal embedding, which is made for 0 .. 1000.
+        scalars: names of further inputs, a number for each image, such as a guidance weight; what they add to the embedding
+            of time is zero in a fresh network.
 
     Attributes:
         arguments: what the network was built with, JSON-ready.
@@ -46,6 +48,7 @@ class PatchUNet(nn.Module):
         layers: int = 1,
         classes: int = 10,
         time_scale: float = 1000.0,
+        scalars: Sequence[str] = (),
     ) -> None:
         super().__init__()
         from diffusers import UNet2DModel
@@ -60,7 +63,9 @@ class PatchUNet(nn.Module):
             "time_scale": time_scale,
         }
         _check_arguments(**self.arguments)
-        self.patch, self.classes, self.time_scale = patch, classes, time_scale
+        if scalars:
+            self.arguments["scalars"] = list(scalars)
+        self.patch, self.classes, self.time_scale, self.scalars = patch, classes, time_scale, tuple(scalars)
         self.shape = (channels, size, size)
         self.unet = UNet2DModel(
             sample_size=size // patch,
@@ -74,19 +79,60 @@ class PatchUNet(nn.Module):
             attention_head_dim=min(_HEAD_WIDTH, widths[-1]),
             num_class_embeds=classes + 1,
         )
+        if scalars:
+            self.unet.class_embedding = _LabelsAndScalars(classes + 1, 4 * widths[0], scalars)
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None, **scalars: Tensor) -> Tensor:
         """The prediction, of the shape of x.
 
         Args:
             x: states (B, channels, size, size), float32 or what autocast makes of it.
             t: times (B,), in the schedule's own unit.
             class_labels: (B,) integers in 0 .. classes, or None for the null class.
+            **scalars: (B,) floats, one for each of the network's `scalars`.
+
+        Raises:
+            TypeError: other scalars than the network has.
         """
         if class_labels is None:
             class_labels = torch.full((len(x),), self.classes, device=x.device)
+        if scalars.keys() != set(self.scalars):
+            raise TypeError(f"the network takes the scalars {list(self.scalars)}, got {sorted(scalars)}")
         blocks = F.pixel_unshuffle(x, self.patch)
-        return F.pixel_shuffle(self.unet(blocks, t * self.time_scale, class_labels).sample, self.patch)
+        condition = (class_labels, scalars) if scalars else class_labels
+        return F.pixel_shuffle(self.unet(blocks, t * self.time_scale, condition).sample, self.patch)
+
+
+def with_scalars(network: PatchUNet, names: Sequence[str]) -> PatchUNet:
+    """A copy of a network that takes further scalars, which have no effect yet."""
+    wider = type(network)(**network.arguments | {"scalars": [*network.scalars, *names]})
+    wider.load_state_dict({**wider.state_dict(), **network.state_dict()})
+    return wider
+
+
+class _LabelsAndScalars(nn.Embedding):
+    """The embedding of labels, under the name it has without scalars, plus that of each scalar.
+
+    diffusers hands what it calls class labels to this module as they are.
+    """
+
+    def __init__(self, count: int, width: int, scalars: Sequence[str]) -> None:
+        super().__init__(count, width)
+        self.scalars = nn.ModuleDict({name: _scalar_embedding(width) for name in scalars})
+
+    def forward(self, condition: tuple[Tensor, dict[str, Tensor]]) -> Tensor:  # type: ignore[override]
+        labels, scalars = condition
+        total = super().forward(labels)
+        for name, embed in self.scalars.items():
+            total = total + embed(scalars[name].to(total.dtype)[:, None])
+        return total
+
+
+def _scalar_embedding(width: int) -> nn.Sequential:
+    last = nn.Linear(width, width)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(1, width), nn.SiLU(), last)
 
 
 def _check_arguments(size: int, patch: int, widths: list[int], classes: int, **others: float) -> None:

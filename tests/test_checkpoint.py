@@ -353,6 +353,26 @@ def test_tensors_of_any_layout_are_written(tmp_path: Path) -> None:
 # the network ---------------------------------------------------------------------------------------------------------
 
 
+def test_large_weights_are_written_in_parts_and_read_as_one(
+    network: PatchUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 8_000
+    monkeypatch.setattr(checkpoints, "PART_BYTES", limit)
+    made = Checkpoint(network, schedules.cosine(), "v", {})
+    save_checkpoint(tmp_path / "many", made)
+    files = sorted((tmp_path / "many").glob("model*.safetensors"))
+    assert [file.name for file in files[:2]] == ["model.part10.safetensors", "model.part11.safetensors"]
+    largest = max(value.nbytes for value in network.state_dict().values())
+    assert all(file.stat().st_size < max(limit, largest) + 4_000 for file in files)
+    assert torch.equal(output(load_checkpoint(tmp_path / "many").network), output(network))
+    files[0].unlink()
+    with pytest.raises(CheckpointError, match=r"model\.part10\.safetensors does not exist"):
+        load_checkpoint(tmp_path / "many")
+    monkeypatch.undo()
+    save_checkpoint(tmp_path / "many", made)  # a folder is replaced whole, so no part of the old one stays
+    assert [file.name for file in (tmp_path / "many").glob("model*")] == ["model.safetensors"]
+
+
 def test_the_null_class_is_the_one_after_the_last(network: PatchUNet) -> None:
     generator = torch.Generator().manual_seed(2)
     x, t = torch.randn(2, 1, 8, 8, generator=generator), torch.tensor([0.2, 0.7])

@@ -1,0 +1,90 @@
+"""YAML documents that are checked against pydantic models; an error names the file, the line and the field."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+_Location = tuple[int | str, ...]
+
+
+class Strict(BaseModel):
+    """A frozen document without unknown fields, NaN or Inf."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+_Kind = TypeVar("_Kind", bound=Strict)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        ValueError: not YAML, or not a mapping; the message names the file.
+    """
+    try:
+        document = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} must map names to values, got a {type(document).__name__}")
+    return document
+
+
+def validated(kind: type[_Kind], document: Any, source: str | Path) -> _Kind:
+    """The document as a `kind`.
+
+    Args:
+        kind: what it must be.
+        document: as `read_yaml` gives it, perhaps with other values in it.
+        source: the file it came from, whose line the error names; or a description of where it came from.
+
+    Raises:
+        ValueError: it is not one; tells where, the first thing that is wrong, and close names for an unknown one.
+    """
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or kind.__name__
+    line = _line(source, first["loc"]) if isinstance(source, Path) else None
+    place = str(source) if line is None else f"{source}, line {line}"
+    raise ValueError(f"{place}: {where}: {_message(kind, first)}")
+
+
+def _message(kind: type[Strict], error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        field = str(error["loc"][-1])
+        names = _fields_at(kind, error["loc"][:-1])
+        close = difflib.get_close_matches(field, names, n=3, cutoff=0.4)
+        return "no such field" + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
+    given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
+    return str(error["msg"]).removeprefix("Value error, ") + given
+
+
+def _fields_at(kind: type[Strict], location: _Location) -> list[str]:
+    """Field names of the model at the top level; of one inside it nothing is offered."""
+    return list(kind.model_fields) if not location else []
+
+
+def _line(source: Path, location: _Location) -> int | None:
+    """The line in a YAML file at which the innermost part of `location` that the file holds begins."""
+    node = yaml.compose(source.read_text()) if source.is_file() else None
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = [(node.value[part], node.value[part])]
+        else:
+            break
+        if not found:
+            break
+        line, node = found[0][0].start_mark.line + 1, found[0][1]
+    return line
