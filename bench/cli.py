@@ -1,30 +1,16 @@
-"""The command line: `fewstep bench`, `samplers`, `certify`, `speed` and `train`."""
+"""The command line: `fewstep bench`, `samplers`, `certify` and `speed`; `train` and `distill` are in `bench.training_cli`."""
 
 from __future__ import annotations
 
-import json
 import textwrap
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-_INTERRUPTED = 130
-
-
-def _plain_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that are the caller's end in one line and exit code 2; anything else is a bug and keeps its traceback."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, TypeError, FileNotFoundError) as error:
-            raise click.UsageError(str(error)) from error
-
-    return run
+from bench.command import checked_device, plain_errors, resumable
+from bench.training_cli import distill, train
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -40,13 +26,17 @@ def main() -> None:
 @click.option("--num-samples", type=click.IntRange(min=2), help="Samples for each cell.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples for each network call; does not change them.")
 @click.option("--seed", type=click.IntRange(min=0), help="Of all noise.")
-@click.option("--model", help="A model of the zoo, or a checkpoint folder.")
+@click.option("--model", help="A model of the zoo, or a checkpoint folder; a student gets a row of its own.")
+@click.option(
+    "--student", "students", multiple=True, metavar="LABEL=PATH", help="Folder of a student, or of several; repeatable."
+)
+@click.option("--guidance", type=float, help="Weight for networks that take one, as guided students do.")
 @click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1, mps.")
 @click.option(
     "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="Of the network."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Results folder; by default results/SUITE-SAMPLES.")
-@_plain_errors
+@plain_errors
 def bench(
     suite: str,
     samplers: str | None,
@@ -55,6 +45,8 @@ def bench(
     batch_size: int | None,
     seed: int | None,
     model: str | None,
+    students: tuple[str, ...],
+    guidance: float | None,
     device: str,
     dtype: str,
     out: Path | None,
@@ -65,10 +57,12 @@ def bench(
     """
     from bench.suite import load_suite
 
-    changes = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed, "model": model}
-    budgets = None if nfe is None else _integers("--nfe", nfe)
+    changes: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    changes |= {"model": model, "guidance": guidance, "nfe": None if nfe is None else _integers("--nfe", nfe)}
     chosen = [] if samplers is None else _names(samplers)
-    resolved = load_suite(suite).changed(chosen, nfe=budgets, **changes)
+    loaded = load_suite(suite)
+    rows = [*_own_row(model or loaded.model), *_students(students)]
+    resolved = loaded.changed(chosen, rows, **changes)
     folder = out or Path("results") / f"{resolved.name}-{resolved.num_samples}"
     _measure(resolved, folder, device, dtype)
 
@@ -83,23 +77,20 @@ def _measure(suite: Any, folder: Path, device: str, dtype: str) -> None:
     from bench.table import terminal
     from bench.zoo import default_dtype, load_model
 
-    device = _checked_device(device)
+    device = checked_device(device)
     dtype = default_dtype(device) if dtype == "auto" else dtype
     console = Console()
-    model = load_model(suite.model, device, dtype)
+    model = load_model(suite.model, device, dtype, suite.judge)
     console.print(
-        f"suite {suite.name}: {len(suite.samplers)} samplers x {len(suite.nfe)} budgets x {suite.num_samples} samples, "
+        f"suite {suite.name}: {len(suite.samplers)} rows x {len(suite.nfe)} budgets x {suite.num_samples} samples, "
         f"model {model.name}, {model.dtype} on {device}, {torch.get_num_threads()} threads -> {folder}",
         soft_wrap=True,
         highlight=False,
     )
-    try:
+    with resumable(f"finished cells are kept in {folder}, and the same command goes on from there"):
         rows = run_suite(suite, model, folder, device, console)
-    except KeyboardInterrupt:
-        click.echo(f"\nstopped; finished cells are kept in {folder}, and the same command goes on from there", err=True)
-        raise SystemExit(_INTERRUPTED) from None
     title = write_results(suite, model, folder, device, rows)
-    console.print(terminal(rows, model.judge.floor, title))
+    console.print(terminal(rows, model.judge.floor, title, suite.note))
     console.print(f"table, plot and pictures: {folder}", highlight=False, soft_wrap=True)
 
 
@@ -109,7 +100,7 @@ def _measure(suite: Any, folder: Path, device: str, dtype: str) -> None:
     "--out", type=click.Path(path_type=Path), help="Folder; by default results/certificates, -part for a part."
 )
 @click.option("--quick", is_flag=True, help="One schedule and one grid, short runs: a look, not a certificate.")
-@_plain_errors
+@plain_errors
 def certify(samplers: str | None, out: Path | None, quick: bool) -> None:
     """Certify order, parity with diffusers and equalities of every sampler.
 
@@ -152,7 +143,7 @@ def list_all() -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder; by default results/speed, -part for a part, -cuda."
 )
-@_plain_errors
+@plain_errors
 def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -> None:
     """Measure the samplers' own cost against diffusers' schedulers and the memory floor."""
     from rich.console import Console
@@ -167,7 +158,7 @@ def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -
     for name in chosen:
         if name not in known:
             raise unknown("method", name, known)
-    device, console = _checked_device(device), Console()
+    device, console = checked_device(device), Console()
     part = ("-part" if samplers else "") + ("" if device == "cpu" else f"-{device.split(':')[0]}")
     folder = out or Path(f"results/speed{part}")
     methods = [method for method in METHODS if method.sampler in chosen]
@@ -178,34 +169,29 @@ def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -
     console.print(f"table and plot: {folder}", highlight=False, soft_wrap=True)
 
 
-@main.command()
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Parquet file, image folder, zip or npz.")
-@click.option(
-    "--config", type=click.Path(path_type=Path), help="YAML of TeacherConfig; by default the shipped mnist one."
-)
-@click.option("--images", type=click.IntRange(min=1), help="Training images to see in all.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; resumes what is in it.")
-@click.option("--init", type=click.Path(path_type=Path), help="Checkpoint whose weights a new run begins with.")
-@click.option("--device", default="cpu", show_default=True)
-@_plain_errors
-def train(data: Path, config: Path | None, images: int | None, out: Path, init: Path | None, device: str) -> None:
-    """Train an epsilon-model; resumes by itself, and OUT/model is a checkpoint for `fewstep bench --model`."""
-    import torch
+main.add_command(train)
+main.add_command(distill)
 
-    from bench.data import load_images
-    from distill.config import MNIST_CONFIG, load_config
-    from distill.teacher import Trainer
 
-    overrides = {} if images is None else {"images": images}
-    settings = load_config(MNIST_CONFIG if config is None else config, **overrides)
-    trainer = Trainer(settings, out, _checked_device(device), init)
-    source = load_images(data)
-    try:
-        trainer.run(torch.from_numpy(source.images), None if source.labels is None else torch.from_numpy(source.labels))
-    except KeyboardInterrupt:
-        click.echo(f"\nstopped; the same command goes on from the last checkpoint in {out}", err=True)
-        raise SystemExit(_INTERRUPTED) from None
-    click.echo(json.dumps(trainer.log[-1]))
+def _own_row(model: str) -> list[Any]:
+    """The row of a model that is a student itself; none for any other."""
+    from bench.cells import STUDENT
+    from bench.students import is_student
+    from bench.suite import StudentSpec
+
+    return [StudentSpec(student=model, label=STUDENT, untrained=True)] if is_student(model) else []
+
+
+def _students(texts: Sequence[str]) -> list[Any]:
+    from bench.suite import StudentSpec
+
+    specs = []
+    for text in texts:
+        label, separator, path = text.partition("=")
+        if not (separator and label and path):
+            raise ValueError(f"--student takes LABEL=PATH, got {text!r}")
+        specs.append(StudentSpec(student=path, label=label))
+    return specs
 
 
 def _names(text: str) -> list[str]:
@@ -220,13 +206,3 @@ def _integers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"{option} takes integers separated by commas, got {text!r}") from error
-
-
-def _checked_device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(0, device=torch.device(name))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return name

@@ -17,12 +17,15 @@ Row = dict[str, Any]
 # Okabe & Ito 2008: told apart by colour-blind readers; with a marker each also in grey print
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 _MARKERS = "osD^vP*X"
+_STUDENT = {"linestyle": (0, (4, 2)), "markersize": 8, "markerfacecolor": "white", "markeredgewidth": 1.6, "zorder": 4}
 _COLUMNS = 10
 _ENLARGE = 2
 
 
 def save_frontier(rows: Sequence[Row], floor: float, title: str, path: Path) -> None:
     """Distance against network calls on logarithmic axes, one line a sampler, with 95 % intervals.
+
+    Students are dashed lines between large open markers; a cross is a number of calls that one was not trained for.
 
     Args:
         rows: of a run; failed ones are left out.
@@ -42,8 +45,17 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, path: Path) -> 
         mine = sorted((r for r in done if r["label"] == label and r["role"] == "sampler"), key=lambda r: r["nfe"])
         x, y = ([row[name] for row in mine] for name in ("nfe", "value"))
         reach = [[row["value"] - row["low"] for row in mine], [row["high"] - row["value"] for row in mine]]
-        style = {"color": _COLOURS[k % len(_COLOURS)], "marker": _MARKERS[k % len(_MARKERS)]}
-        axes.errorbar(x, y, yerr=reach, label=label, capsize=2.5, markersize=5, linewidth=1.4, elinewidth=1.0, **style)
+        style: dict[str, Any] = {
+            "color": _COLOURS[k % len(_COLOURS)],
+            "marker": _MARKERS[k % len(_MARKERS)],
+            "markersize": 5,
+        }
+        if "trained" in mine[0]:
+            style |= _STUDENT
+        axes.errorbar(x, y, yerr=reach, label=label, capsize=2.5, linewidth=1.4, elinewidth=1.0, **style)
+        untrained = [(row["nfe"], row["value"]) for row in mine if row.get("trained") is False]
+        if untrained:
+            axes.plot(*zip(*untrained, strict=True), "x", color="black", markersize=6, markeredgewidth=1.2, zorder=5)
     for row in done:
         if row["role"] == "teacher":
             axes.axhline(
@@ -69,7 +81,7 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, path: Path) -> 
     axes.grid(True, which="major", color="0.9", linewidth=0.6)
     axes.grid(True, which="minor", color="0.95", linewidth=0.4)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.5)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

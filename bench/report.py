@@ -18,7 +18,8 @@ def write_results(suite: Suite, model: BenchModel, out: Path, device: str, rows:
     """Write the files of a finished run into `out`; returns the title they carry."""
     title = f"{model.name}: {model.judge.metric}, {suite.num_samples} samples, {model.dtype}"
     write_text(out / "table.csv", frame(rows).to_csv(index=False))
-    write_text(out / "table.md", markdown(rows, model.judge.floor, title))
+    write_text(out / "table.md", markdown(rows, model.judge.floor, title, suite.note))
     write_text(out / "provenance.json", json.dumps(provenance(suite, model, device, rows), indent=1) + "\n")
-    save_frontier(rows, model.judge.floor, title, out / "frontier.png")
+    caption = "\n".join(part for part in (title, suite.note) if part)
+    save_frontier(rows, model.judge.floor, caption, out / "frontier.png")
     return title

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +14,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from bench.cells import Cell, identity, resolve, settings
 from bench.metrics import Distance, frechet_interval
 from bench.plots import save_samples
 from bench.provenance import peak_memory_mb
-from bench.store import Store, code_fingerprint, key_of
-from bench.suite import SamplerSpec, Suite
+from bench.store import Store, key_of
+from bench.students import run_student
+from bench.suite import StudentSpec, Suite
 from bench.zoo import BenchModel
-from samplers import Plan, SamplingError, make_plan, sample
+from distill.student import filled
+from samplers import SamplingError, sample
 from samplers.execute import Progress as Step
-from samplers.registry import get_sampler
 
 Row = dict[str, Any]
 _SHOWN = 80  # samples in a cell's picture
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One number of the table: a sampler at a budget.
-
-    Attributes:
-        spec: the sampler and its options.
-        nfe: budget of network calls.
-        role: "sampler", or "teacher" for the many-step run.
-        plan: what it computes; None where the sampler is error-controlled or the budget does not allow a plan.
-        problem: why there is no plan, else "".
-    """
-
-    spec: SamplerSpec
-    nfe: int
-    role: str
-    plan: Plan | None
-    problem: str = ""
-
-    @property
-    def calls(self) -> int:
-        """Network calls per sample, as far as they are known beforehand."""
-        return self.nfe if self.plan is None else self.plan.nfe
-
-    @property
-    def file_name(self) -> str:
-        """Of the cell's picture."""
-        return f"{self.spec.label}-nfe{self.nfe}.png" if self.role == "sampler" else f"teacher-nfe{self.nfe}.png"
-
-
-def resolve(suite: Suite, model: BenchModel) -> list[Cell]:
-    """The cells of a suite, cheapest budget first, the teacher last, each with its plan or the reason it has none."""
-    wanted = [(spec, nfe, "sampler") for nfe in suite.nfe for spec in suite.samplers]
-    teacher = SamplerSpec(**suite.teacher.model_dump(exclude={"nfe"}))
-    return [_cell(model, *each) for each in [*wanted, (teacher, suite.teacher.nfe, "teacher")]]
-
-
-def _cell(model: BenchModel, spec: SamplerSpec, nfe: int, role: str) -> Cell:
-    if get_sampler(spec.sampler).adaptive:
-        return Cell(spec, nfe, role, None)
-    try:
-        plan = make_plan(spec.sampler, model.model.schedule, nfe=nfe, **_settings(spec))
-    except (ValueError, TypeError) as error:  # the row says why, and the other cells are measured
-        return Cell(spec, nfe, role, None, str(error))
-    return Cell(spec, nfe, role, plan)
-
-
-def _settings(spec: SamplerSpec) -> dict[str, Any]:
-    return {"grid": spec.grid, "final": spec.final, "afs": spec.afs, **spec.options}
 
 
 def run_suite(suite: Suite, model: BenchModel, out: Path, device: str, console: Console) -> list[Row]:
@@ -91,9 +41,13 @@ def run_suite(suite: Suite, model: BenchModel, out: Path, device: str, console: 
         console: where progress is shown.
 
     Returns:
-        A row for each cell in table order; one that failed has `status` "failed" and a `reason`.
+        A row for each cell in table order; one that failed has `status` "failed" and a `reason`, and one of a student
+        that was not trained for the budget "absent".
+
+    Raises:
+        ValueError: a student that cannot be loaded, or does not fit the model; nothing was measured.
     """
-    store, cells = Store(out), resolve(suite, model)
+    store, cells = Store(out), resolve(suite, model, device)
     work = sum(cell.calls * suite.num_samples for cell in cells if not cell.problem)
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")),
@@ -105,15 +59,15 @@ def run_suite(suite: Suite, model: BenchModel, out: Path, device: str, console: 
         for number, cell in enumerate(cells, 1):
             title = f"[{number}/{len(cells)}] {cell.spec.label} at {cell.nfe} calls"
             progress.update(task, description=title)
-            identity = _identity(cell, suite, model, device)
-            record = store.get(key_of(identity))
+            made_by = identity(cell, suite, device)
+            record = store.get(key_of(made_by))
             if record is None:
-                record = {**identity, **_outcome(cell, suite, model, device, out, lambda n: progress.advance(task, n))}
+                record = {**made_by, **_outcome(cell, suite, device, out, lambda n: progress.advance(task, n))}
                 if record["status"] == "done":
-                    store.put(key_of(identity), record)
+                    store.put(key_of(made_by), record)
             else:
                 progress.advance(task, cell.calls * suite.num_samples)
-            row = {"role": cell.role, "label": cell.spec.label, **record}
+            row = {"role": cell.role, "label": cell.spec.label, **record, **cell.remarks}
             rows.append(row)
             if not console.is_terminal:
                 console.print(_line(title, row), highlight=False, soft_wrap=True)
@@ -121,44 +75,20 @@ def run_suite(suite: Suite, model: BenchModel, out: Path, device: str, console: 
 
 
 def _line(title: str, row: Row) -> str:
-    if row["status"] == "failed":
-        return f"{title}: failed: {row['reason']}"
+    if row["status"] != "done":
+        return f"{title}: {row['status']}: {row['reason']}"
     return (
         f"{title}: {row['metric']} {row['value']:.4g} [{row['low']:.4g}, {row['high']:.4g}] in {row['seconds']:.1f} s"
     )
 
 
-def _identity(cell: Cell, suite: Suite, model: BenchModel, device: str) -> Row:
-    """Everything that makes the cell's number what it is; a change in any of it is another cell."""
-    plan_hash = hashlib.sha256(cell.plan.to_json().encode()).hexdigest()[:16] if cell.plan else ""
-    return {
-        "model": model.name,
-        "model_hash": model.hash,
-        "sampler": cell.spec.sampler,
-        "options": dict(cell.spec.options),
-        "grid": cell.spec.grid or get_sampler(cell.spec.sampler).grid_on(model.model.schedule),
-        "final": cell.spec.final or "",
-        "afs": cell.spec.afs,
-        "budget": cell.nfe,
-        "plan_hash": plan_hash,
-        "num_samples": suite.num_samples,
-        "seed": suite.seed,
-        "metric": model.judge.metric,
-        "hashes": dict(model.judge.hashes),
-        "dtype": model.dtype,
-        "device": torch.device(device).type,
-        "torch": torch.__version__,
-        "code": code_fingerprint(),
-    }
-
-
-def _outcome(cell: Cell, suite: Suite, model: BenchModel, device: str, out: Path, advance: Any) -> Row:
+def _outcome(cell: Cell, suite: Suite, device: str, out: Path, advance: Any) -> Row:
     """Sample and judge one cell; a failure of the sampler is an outcome too."""
     if cell.problem:
-        return {"status": "failed", "reason": cell.problem}
-    began = time.perf_counter()
+        return cell.without
+    model, began = cell.model, time.perf_counter()
     try:
-        samples, calls = _sample_cell(cell, suite, model, device, advance)
+        samples, calls = _sample_cell(cell, suite, device, advance)
     except (SamplingError, ValueError) as error:
         return {"status": "failed", "reason": str(error)}
     seconds = time.perf_counter() - began
@@ -188,7 +118,7 @@ def _distance_fields(distance: Distance) -> Row:
     }
 
 
-def _sample_cell(cell: Cell, suite: Suite, model: BenchModel, device: str, advance: Any) -> tuple[Tensor, int]:
+def _sample_cell(cell: Cell, suite: Suite, device: str, advance: Any) -> tuple[Tensor, int]:
     """All samples of a cell on the CPU, and the network calls of the longest batch."""
     batches, calls = [], 0
     for indices in _batches(suite.num_samples, suite.batch_size):
@@ -199,25 +129,27 @@ def _sample_cell(cell: Cell, suite: Suite, model: BenchModel, device: str, advan
             advance((step.nfe - done) * size)
             done = step.nfe
 
-        batches.append(_sample_batch(cell, suite, model, indices.to(device), report))
+        batches.append(_sample_batch(cell, suite.seed, indices.to(device), report).cpu())
         calls = max(calls, done)
     return torch.cat(batches), calls
 
 
-def _sample_batch(cell: Cell, suite: Suite, model: BenchModel, indices: Tensor, report: Any) -> Tensor:
-    spec = cell.spec
-    x0 = sample(
+def _sample_batch(cell: Cell, seed: int, indices: Tensor, report: Any) -> Tensor:
+    spec, model = cell.spec, cell.model
+    if isinstance(spec, StudentSpec):
+        assert cell.plan is not None, "a student's cell without a plan has a problem, and is not sampled"
+        return run_student(model, cell.plan, cell.inputs, seed=seed, indices=indices, callback=report)
+    return sample(
         model.model,
         spec.sampler,
         shape=(len(indices), *model.shape),
-        seed=suite.seed,
+        seed=seed,
         indices=indices,
         nfe=cell.nfe,
         callback=report,
-        cond=model.cond(indices),
-        **_settings(spec),
+        cond=model.cond(indices) | filled(cell.inputs, indices),
+        **settings(spec),
     )
-    return x0.cpu()
 
 
 def _batches(total: int, size: int) -> Iterator[Tensor]:

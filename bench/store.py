@@ -13,7 +13,8 @@ _ROOT = Path(__file__).parent.parent
 # the sources that can change a number; a solver's own code is covered by the hash of the plan it makes
 _SOURCES = (
     *("samplers/execute.py", "samplers/program.py", "samplers/model.py", "samplers/noise.py", "samplers/adaptive.py"),
-    *("bench/features.py", "bench/metrics.py", "bench/mixture.py", "bench/zoo.py", "distill/network.py"),
+    *("bench/features.py", "bench/metrics.py", "bench/mixture.py", "bench/zoo.py", "bench/students.py"),
+    "distill/network.py",
 )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from distill.documents import Strict, read_yaml, validated
 from samplers.errors import unknown
 from samplers.grid import FINALS, points_of
 from samplers.registry import SAMPLERS, get_sampler
@@ -16,11 +16,7 @@ from samplers.registry import SAMPLERS, get_sampler
 SUITES = Path(__file__).parent / "suites"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SamplerSpec(_Strict):
+class SamplerSpec(Strict):
     """One row of the table: a registered sampler with its options.
 
     Attributes:
@@ -74,27 +70,68 @@ class TeacherSpec(SamplerSpec):
     nfe: int = Field(ge=1)
 
 
-class Suite(_Strict):
+class StudentSpec(Strict):
+    """One row of the table: a student, sampled as it was trained to be.
+
+    Attributes:
+        student: its folder, or a folder of such folders, of which each budget takes the one that was trained for it.
+        label: how the table calls it; by default the folder's name, or of `runs/x/students` the run's, x.
+        guidance: weight for a student that takes one; None is the suite's.
+        untrained: whether budgets that it was not trained for are measured too, with the sampler of its plan.
+    """
+
+    student: str = Field(min_length=1)
+    label: str = Field(min_length=1)
+    guidance: float | None = None
+    untrained: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _labelled(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        folder = Path(str(values.get("student")))
+        return {"label": (folder.parent if folder.name == "students" else folder).name, **values}
+
+
+def _kind(row: Any) -> str:
+    return "student" if isinstance(row, StudentSpec) or (isinstance(row, dict) and "student" in row) else "sampler"
+
+
+Spec = SamplerSpec | StudentSpec
+_AnySpec = Annotated[
+    Annotated[SamplerSpec, Tag("sampler")] | Annotated[StudentSpec, Tag("student")], Discriminator(_kind)
+]
+
+
+class Suite(Strict):
     """What a benchmark run measures.
 
     Attributes:
         name: of the suite.
         model: a name of the zoo, or a checkpoint folder.
-        samplers: the rows.
+        samplers: the rows, samplers on the model and students beside it.
         nfe: the columns, budgets of network calls.
         num_samples: per cell.
         batch_size: per network call; does not change the samples.
         seed: of all noise; every cell starts from the same.
+        guidance: weight for the networks that take one, as guided students do; None is 0, or the nearest.
         teacher: the many-step run.
+        judge: for a checkpoint folder, a folder of a feature extractor and statistics (see `zoo.folder_judge`); None is
+            the shipped one for its images.
+        note: what every table and plot must say.
     """
 
     name: str
     model: str
-    samplers: tuple[SamplerSpec, ...] = Field(min_length=1)
+    judge: str | None = None
+    note: str = ""
+    samplers: tuple[_AnySpec, ...] = Field(min_length=1)
     nfe: tuple[int, ...] = Field(min_length=1)
     num_samples: int = Field(default=500, ge=2)
     batch_size: int = Field(default=250, ge=1)
     seed: int = Field(default=0, ge=0, lt=2**64)
+    guidance: float | None = None
     teacher: TeacherSpec
 
     @field_validator("nfe")
@@ -112,26 +149,27 @@ class Suite(_Strict):
             raise ValueError(f"label {twice[0]!r} stands for two rows; give one of them another label")
         return self
 
-    def changed(self, samplers: Sequence[str] = (), **values: Any) -> Suite:
-        """This suite with other values (None: unchanged), and with the named rows only.
+    def changed(self, samplers: Sequence[str] = (), students: Sequence[StudentSpec] = (), **values: Any) -> Suite:
+        """This suite with other values (None: unchanged), with the named rows only, and with students before them.
 
         Args:
-            samplers: labels of this suite, or registered names; empty: all rows.
+            samplers: labels of this suite or of `students`, or registered names; empty: all rows.
+            students: rows to add; they stay whatever `samplers` names.
             values: fields to replace.
 
         Raises:
-            ValueError: an unknown sampler, or a value out of range.
+            ValueError: an unknown sampler, a label that stands for two rows, or a value out of range.
         """
-        mine = {spec.label: spec for spec in self.samplers}
+        mine: dict[str, Spec] = {spec.label: spec for spec in self.samplers}
+        added = [spec.label for spec in students]
         for name in samplers:
-            if name not in mine and name not in SAMPLERS:
-                raise unknown("sampler", name, {*SAMPLERS, *mine})
-        rows = tuple(mine.get(name) or SamplerSpec(sampler=name) for name in dict.fromkeys(samplers))
+            if name not in mine and name not in added and name not in SAMPLERS:
+                raise unknown("sampler", name, {*SAMPLERS, *mine, *added})
+        names = [name for name in dict.fromkeys(samplers) if name not in added]
+        rows = [mine.get(name) or SamplerSpec(sampler=name) for name in names] if samplers else self.samplers
         update = {key: value for key, value in values.items() if value is not None}
-        document = {**self.model_dump(), **update}
-        if rows:
-            document["samplers"] = [row.model_dump() for row in rows]
-        return _validated(document, f"suite {self.name!r}")
+        rows_now = [spec.model_dump() for spec in (*students, *rows)]
+        return validated(Suite, {**self.model_dump(), "samplers": rows_now, **update}, f"suite {self.name!r}")
 
 
 def suite_names() -> list[str]:
@@ -143,22 +181,9 @@ def load_suite(name_or_path: str) -> Suite:
     """A shipped suite by name, or one from a YAML file.
 
     Raises:
-        ValueError: an unknown suite, or a file that is not YAML or does not describe a suite; names file and field.
+        ValueError: an unknown suite, or a file that is not YAML or does not describe a suite; names file, line and field.
     """
     path = Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else SUITES / f"{name_or_path}.yaml"
     if not path.exists():
         raise unknown("suite", name_or_path, (*suite_names(), "a .yaml file"))
-    try:
-        document = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    return _validated(document, str(path))
-
-
-def _validated(document: Any, source: str) -> Suite:
-    try:
-        return Suite.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "suite"
-        raise ValueError(f"{source}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+    return validated(Suite, read_yaml(path), path)

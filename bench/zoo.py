@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.features import ASSETS, content_hash, load_extractor, load_statistics, moments_hash
+from bench.features import ASSETS, FeatureExtractor, content_hash, load_extractor, load_statistics, moments_hash
 from bench.metrics import FrechetReference, Moments, frechet_distance
 from bench.mixture import GaussianMixture
-from distill.checkpoint import load_checkpoint
+from distill.checkpoint import Checkpoint, load_checkpoint
 from distill.network import PatchUNet
-from samplers import EpsModel, schedules
+from samplers import EpsModel, Plan, schedules
 from samplers.errors import unknown
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEACHER = ASSETS / "mnist-teacher"
+DIGITS = (1, 28, 28)
+FEATURES, MOMENTS = "features", "statistics"  # folders of a judge
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class BenchModel:
-    """A model in the zoo.
+class Network:
+    """A model on a device, ready to sample from.
 
     Attributes:
         name, hash: as given, and what identifies the weights.
@@ -56,7 +59,9 @@ class BenchModel:
         shape: of one sample.
         classes: number of labels; 0 for an unconditional model.
         dtype: the network computes in, "fp32" or "bf16".
-        judge: how its samples are judged.
+        plans: of a student, the plan for each number of calls that it was trained for; empty for any other model.
+        scalars: names of further inputs of the network, a number for each sample.
+        info: what its checkpoint says of its training.
     """
 
     name: str
@@ -65,7 +70,9 @@ class BenchModel:
     shape: tuple[int, ...]
     classes: int
     dtype: str
-    judge: Judge
+    plans: Mapping[int, Plan] = field(default_factory=dict)
+    scalars: tuple[str, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def images(self) -> bool:
@@ -77,24 +84,38 @@ class BenchModel:
         return {"class_labels": indices % self.classes} if self.classes else {}
 
 
-def load_model(name: str, device: str = "cpu", dtype: str = "fp32") -> BenchModel:
+@dataclass(frozen=True, kw_only=True)
+class BenchModel(Network):
+    """A model in the zoo.
+
+    Attributes:
+        judge: how its samples are judged.
+    """
+
+    judge: Judge
+
+
+def load_model(name: str, device: str = "cpu", dtype: str = "fp32", judge: str | Path | None = None) -> BenchModel:
     """A model by name, or from a folder that training wrote.
 
     Args:
-        name: "mnist", "gmm", or a path to a checkpoint folder of 28 x 28 digits.
+        name: "mnist", "gmm", or a path to a checkpoint folder.
         device: of torch.
         dtype: "fp32" or "bf16", the network's; states stay in float32. "gmm" has no network and ignores it.
+        judge: of a checkpoint folder, as `folder_judge` takes it; None is the shipped one, which judges 28 x 28 digits.
 
     Raises:
-        ValueError: an unknown name or dtype.
+        ValueError: an unknown name or dtype, a judge for a model that has its own or of images of another shape, or none.
         distill.checkpoint.CheckpointError: a checkpoint that cannot be used.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     if name in _ZOO:
+        if judge is not None:
+            raise ValueError(f"judge is for a checkpoint folder, model {name!r} has its own; got {str(judge)!r}")
         return _ZOO[name](device, dtype)
     if Path(name).exists():
-        return _digits(name, Path(name), device, dtype)
+        return _from_folder(name, Path(name), device, dtype, judge)
     raise unknown("model", name, (*_ZOO, "a checkpoint folder"))
 
 
@@ -108,16 +129,36 @@ def default_dtype(device: str) -> str:
 
 
 def _mnist(device: str, dtype: str) -> BenchModel:
-    return _digits("mnist", TEACHER, device, dtype)
+    return _from_folder("mnist", TEACHER, device, dtype, None)
 
 
-def _digits(name: str, folder: Path, device: str, dtype: str) -> BenchModel:
+def _from_folder(name: str, folder: Path, device: str, dtype: str, judge: str | Path | None) -> BenchModel:
     checkpoint = load_checkpoint(folder)
+    shape = checkpoint.network.shape
+    if judge is None:
+        if shape != DIGITS:
+            raise ValueError(
+                f"model {name} gives samples of shape {shape}; the shipped judge is for {DIGITS}: give a judge"
+            )
+        return judged(on_device(name, checkpoint, device, dtype), digit_judge(device))
+    extractor = load_extractor(Path(judge) / FEATURES, device)
+    if extractor.shape != shape:
+        raise ValueError(f"judge {judge} is for images of shape {extractor.shape}, model {name} gives {shape}")
+    return judged(on_device(name, checkpoint, device, dtype), folder_judge(Path(judge), device))
+
+
+def on_device(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Network:
+    """A copy of a checkpoint's network on a device, in a dtype of `DTYPES`."""
     digest = content_hash(checkpoint.network.state_dict())
-    network = checkpoint.network.to(device, DTYPES[dtype])
-    net = partial(_in_dtype, network, DTYPES[dtype])
-    model = EpsModel(net, checkpoint.schedule, predicts=checkpoint.predicts)
-    return BenchModel(name, digest, model, network.shape, network.classes, dtype, _digit_judge(device))
+    network = copy.deepcopy(checkpoint.network).to(device, DTYPES[dtype])
+    model = EpsModel(partial(_in_dtype, network, DTYPES[dtype]), checkpoint.schedule, predicts=checkpoint.predicts)
+    trained: dict[str, Any] = {"plans": checkpoint.plans, "scalars": network.scalars, "info": checkpoint.info}
+    return Network(name, digest, model, network.shape, network.classes, dtype, **trained)
+
+
+def judged(network: Network, judge: Judge) -> BenchModel:
+    """The network with a judge of its samples."""
+    return BenchModel(**{part.name: getattr(network, part.name) for part in fields(network)}, judge=judge)
 
 
 def _in_dtype(network: PatchUNet, dtype: torch.dtype, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
@@ -125,9 +166,25 @@ def _in_dtype(network: PatchUNet, dtype: torch.dtype, x: Tensor, t: Tensor, **co
     return network(x.to(dtype), t, **cond).to(x.dtype)
 
 
-def _digit_judge(device: str) -> Judge:
+@lru_cache(maxsize=2)
+def digit_judge(device: str) -> Judge:
+    """The shipped judge of MNIST's digits: a classifier's features against the training set's statistics."""
     extractor = load_extractor("mnist_cnn", device)
-    train, test = (load_statistics("mnist", split, extractor) for split in ("train", "test"))
+    return _judge(extractor, *(load_statistics("mnist", split, extractor) for split in ("train", "test")))
+
+
+@lru_cache(maxsize=2)
+def folder_judge(folder: Path, device: str) -> Judge:
+    """A judge made for other images: `folder/features` is an extractor, `folder/statistics` has the splits train and test.
+
+    Raises:
+        distill.checkpoint.CheckpointError: either cannot be used, or they do not belong together.
+    """
+    extractor = load_extractor(folder / FEATURES, device)
+    return _judge(extractor, *(load_statistics(folder / MOMENTS, split, extractor) for split in ("train", "test")))
+
+
+def _judge(extractor: FeatureExtractor, train: Moments, test: Moments) -> Judge:
     reference = FrechetReference(train)
     return Judge(
         metric=f"fd_{extractor.name}",
@@ -146,7 +203,7 @@ def _gmm(device: str, dtype: str) -> BenchModel:
     moments = Moments.of_mixture(mixture)
     judge = Judge("frechet", _flat, FrechetReference(moments), 0.0, {"reference": moments_hash(moments)})
     digest = content_hash({"means": mixture.means, "weights": mixture.weights})
-    return BenchModel("gmm", digest, EpsModel(mixture.net(schedule), schedule), mixture.shape, 0, "fp32", judge)
+    return BenchModel("gmm", digest, EpsModel(mixture.net(schedule), schedule), mixture.shape, 0, "fp32", judge=judge)
 
 
 def _flat(samples: Tensor) -> np.ndarray:

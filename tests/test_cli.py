@@ -1,4 +1,3 @@
-import json
 import pickle
 
 import pandas as pd
@@ -94,22 +93,3 @@ def test_a_picture_shows_sample_k_at_row_k_div_10(tmp_path):
     assert picture.size == (80, 24)
     for k in (0, 9, 13, 22):
         assert picture.getpixel((8 * (k % 10) + 3, 8 * (k // 10) + 5)) == round(float(images[k, 0, 0, 0] + 1) * 127.5)
-
-
-def test_training_from_the_command_line_gives_a_model_to_bench(tmp_path):
-    import numpy as np
-
-    data = tmp_path / "digits.npz"
-    rng = np.random.default_rng(0)
-    np.savez(data, images=rng.integers(0, 256, (64, 28, 28), dtype=np.uint8), labels=rng.integers(0, 10, 64))
-    config = tmp_path / "tiny.yaml"
-    config.write_text(
-        "{network: {class: PatchUNet, widths: [32, 32], patch: 2}, batch_size: 16, images: 64, log_every: 1,"
-        " save_every: 2, dtype: fp32}"
-    )
-    result = run("train", "--data", data, "--config", config, "--out", tmp_path / "run")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.output.strip().splitlines()[-1])["images"] == 64
-    arguments = ["--samplers", "ddim", "--nfe", "1", "--num-samples", "10", "--dtype", "fp32", "--out", tmp_path / "o"]
-    result = run("bench", "mnist", "--model", tmp_path / "run" / "model", *arguments)
-    assert result.exit_code == 0, result.output

@@ -145,7 +145,7 @@ def test_the_teacher_is_not_measured_twice_where_a_row_is_the_same_plan(gmm, tmp
 
 
 def test_resolve_puts_the_teacher_last(gmm):
-    cells = resolve(SUITE, gmm)
+    cells = resolve(SUITE, gmm, "cpu")
     assert [cell.role for cell in cells] == ["sampler"] * 6 + ["teacher"]
     assert [cell.nfe for cell in cells] == [2, 2, 2, 4, 4, 4, 20]
 
@@ -199,6 +199,6 @@ def test_a_row_may_ask_for_the_analytical_first_step():
     suite = load_suite("gmm").changed(["ddim"], nfe=[5])
     spared = suite.model_copy(update={"samplers": (SamplerSpec(sampler="ddim", afs=True),)})
     model = load_model("gmm")
-    (cell, _), (other, _) = resolve(spared, model), resolve(suite, model)
+    (cell, _), (other, _) = resolve(spared, model, "cpu"), resolve(suite, model, "cpu")
     assert cell.plan.nfe == other.plan.nfe == 5
     assert (cell.plan.steps, other.plan.steps) == (6, 5)

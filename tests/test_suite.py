@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from bench.suite import load_suite, suite_names
+from bench.suite import StudentSpec, load_suite, suite_names
 
 BASE = {
     "name": "tiny",
@@ -42,9 +42,15 @@ def test_a_file_is_read_and_budgets_are_sorted(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"nfes": [3]}, r"tiny\.yaml: nfes: Extra inputs"),
-        ({"nfe": []}, r"tiny\.yaml: nfe: "),
+        ({"nfes": [3]}, r"tiny\.yaml, line \d+: nfes: no such field; did you mean 'nfe'"),
+        ({"nfe": []}, r"tiny\.yaml, line 3: nfe: "),
         ({"nfe": [0]}, "nfe: must be at least 1, got 0"),
+        ({"samplers": [{"student": "runs/x", "guidence": 2}]}, r"samplers\.0\.student\.guidence: no such field"),
+        ({"samplers": [{"student": ""}]}, r"samplers\.0\.student\.student: .* at least 1 character"),
+        (
+            {"samplers": [{"student": "runs/ddim"}, {"student": "a", "label": "ddim"}]},
+            "label 'ddim' stands for two rows",
+        ),
         ({"num_samples": 1}, "num_samples"),
         ({"num_samples": "many"}, "num_samples"),
         ({"samplers": ["dimd"]}, "unknown sampler 'dimd'; did you mean 'ddim'"),
@@ -56,6 +62,23 @@ def test_a_file_is_read_and_budgets_are_sorted(tmp_path):
 def test_a_bad_file_names_file_and_field(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         load_suite(write(tmp_path, **changes))
+
+
+def test_a_row_may_be_a_student(tmp_path):
+    row = {"student": "runs/x/students", "label": "progressive", "guidance": 2.0}
+    suite = load_suite(write(tmp_path, samplers=["ddim", row, {"student": "runs/y/students"}]))
+    assert suite.samplers[1] == StudentSpec(**row)
+    assert [spec.label for spec in suite.samplers] == ["ddim", "progressive", "y"]
+    assert not any(spec.untrained for spec in suite.samplers[1:])
+
+
+def test_students_are_added_before_the_chosen_rows(tmp_path):
+    suite, added = load_suite(write(tmp_path)), StudentSpec(student="runs/x", label="mine")
+    assert [spec.label for spec in suite.changed((), [added]).samplers] == ["mine", "ddim", "euler-vp"]
+    assert [spec.label for spec in suite.changed(["euler-vp"], [added]).samplers] == ["mine", "euler-vp"]
+    assert [spec.label for spec in suite.changed(["mine"], [added]).samplers] == ["mine"]
+    with pytest.raises(ValueError, match="label 'ddim' stands for two rows"):
+        suite.changed((), [StudentSpec(student="runs/x", label="ddim")])
 
 
 def test_not_yaml_and_unknown_names(tmp_path):

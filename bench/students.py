@@ -1,0 +1,131 @@
+"""Students as rows of a benchmark: which folder answers for which number of network calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bench.suite import StudentSpec
+from bench.zoo import BenchModel, Network, judged, on_device
+from distill.checkpoint import load_checkpoint
+from distill.student import filled, network_inputs
+from samplers import Plan, run_plan
+from samplers.execute import Callback
+from samplers.noise import standard_normal
+
+_CONFIG = "config.json"
+
+
+def load_students(spec: StudentSpec, beside: BenchModel, device: str) -> dict[int, BenchModel]:
+    """The students of a row, by the number of network calls, judged as the model beside them.
+
+    Args:
+        spec: a student's folder or a folder of such folders.
+        beside: the suite's model, whose samples have the same shape and classes.
+        device: of torch; the dtype is that of `beside`.
+
+    Raises:
+        ValueError: no such folder, no student in it, two for one number of calls, samples of another shape or classes, or
+            a guidance weight that a student does not take.
+        distill.checkpoint.CheckpointError: a checkpoint that cannot be used.
+    """
+    students: dict[int, BenchModel] = {}
+    for folder in _folders(spec):
+        checkpoint = load_checkpoint(folder)
+        if not checkpoint.plans:  # such as what the first stage of guidance distillation leaves
+            continue
+        student = judged(on_device(str(folder), checkpoint, device, beside.dtype), beside.judge)
+        _check_alike(spec, student, beside)
+        for calls in student.plans:
+            if calls in students:
+                both = f"{students[calls].name} and {folder}"
+                raise ValueError(f"{_row(spec)}: {both} were both trained for {calls} calls; give one of them")
+            inputs_of(student, calls, spec.guidance)
+            students[calls] = student
+    if not students:
+        raise ValueError(f"{_row(spec)}: {spec.student} holds no student, which is a checkpoint with plans")
+    return dict(sorted(students.items()))
+
+
+def is_student(model: str) -> bool:
+    """Whether a suite's model is the folder of a student; False for a name of the zoo, and for nothing there.
+
+    Raises:
+        distill.checkpoint.CheckpointError: a checkpoint that cannot be used.
+    """
+    return (Path(model) / _CONFIG).is_file() and bool(load_checkpoint(model).plans)
+
+
+def _folders(spec: StudentSpec) -> list[Path]:
+    """The checkpoints at the folder or in it."""
+    root = Path(spec.student)
+    if not root.is_dir():
+        raise ValueError(
+            f"{_row(spec)}: there is no folder {root}; give a student's folder, or a folder of such folders"
+        )
+    if (root / "students").is_dir():
+        raise ValueError(f"{_row(spec)}: {root} is the folder of a run; give {root / 'students'}")
+    if (root / _CONFIG).is_file():
+        return [root]
+    inside = (path for path in sorted(root.iterdir()) if (path / _CONFIG).is_file())
+    return [path for path in inside if path.suffix not in (".new", ".old")]  # what a killed writer leaves
+
+
+def _check_alike(spec: StudentSpec, student: BenchModel, beside: BenchModel) -> None:
+    if (student.shape, student.classes) != (beside.shape, beside.classes):
+        raise ValueError(
+            f"{_row(spec)}: {student.name} gives samples of shape {student.shape} in {student.classes} classes, the model "
+            f"{beside.name} {beside.shape} in {beside.classes}; a table compares equal ones"
+        )
+
+
+def _row(spec: StudentSpec) -> str:
+    return f"student {spec.label!r}"
+
+
+def inputs_of(model: Network, calls: int, guidance: float | None = None) -> dict[str, float]:
+    """As `distill.student.network_inputs`; an error names the model."""
+    try:
+        return network_inputs(model.info, model.scalars, calls, guidance)
+    except ValueError as error:
+        raise ValueError(f"{model.name}: {error}") from error
+
+
+def run_student(
+    model: Network,
+    plan: Plan,
+    inputs: Mapping[str, float],
+    *,
+    seed: int,
+    indices: Tensor,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Samples of a plan (B, ...) float32, from the noise and with the labels of their indices.
+
+    Args:
+        model: on the device of `indices`.
+        plan: what to compute, for instance one of the model's own.
+        inputs: as `inputs_of` gives them.
+        seed: of all noise.
+        indices: (B,) int64.
+        callback: as in `run_plan`.
+    """
+    noise = standard_normal(seed, indices, 0, model.shape, device=indices.device)
+    cond = model.cond(indices) | filled(inputs, indices)
+    return run_plan(plan, model.model, noise * plan.sigma_T, seed=seed, indices=indices, callback=callback, cond=cond)
+
+
+def training_cost(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns of a student's training cost, summed over the phases up to it; none where its checkpoint does not say."""
+    phases = info.get("phases")
+    if not phases:
+        return {}
+    texts = (f"{name or 'train'}: {cost['images']} images, {cost['minutes']:g} min" for name, cost in phases.items())
+    return {
+        "train_images": sum(cost["images"] for cost in phases.values()),
+        "train_minutes": round(sum(cost["minutes"] for cost in phases.values()), 2),
+        "train_phases": "; ".join(texts),
+    }
