@@ -1,0 +1,223 @@
+"""CIFAR-10 from its images to a table of samplers and students: `python -m bench.cifar10 --data FOLDER --out runs/cifar10`.
+
+Four stages, each of which goes on where it stopped; with `--minutes` a call ends after about so long, and the same command goes
+on from there until it says that all is done.
+
+    judge     a classifier of the training images, and the statistics of its features
+    teacher   distill/configs/cifar10.yaml
+    students  distill/configs/cifar10-progressive.yaml
+    table     bench/suites/cifar10.yaml
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from bench.build_assets import build_statistics, describe
+from bench.classifier_training import ClassifierTraining, train_classifier
+from bench.command import checked_device, plain_errors
+from bench.data import ImageData, load_images
+from bench.evaluate import evaluator
+from bench.features import load_extractor, save_extractor
+from bench.report import write_results
+from bench.run import run_suite
+from bench.suite import load_suite
+from bench.table import terminal
+from bench.zoo import FEATURES, MOMENTS, default_dtype, load_model
+from distill.checkpoint import load_checkpoint, save_checkpoint
+from distill.methods import load_config, make_method
+from distill.trainer import Trainer
+
+CLASSIFIER = ClassifierTraining(
+    epochs=30, learning_rate=3e-3, shift=4.0, rotation=0.0, scale=0.0, flip=True, width=64, hidden=128, levels=3
+)
+_SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call of the script.
+
+    Attributes:
+        data: folder with `train.parquet` and `test.parquet`.
+        out: folder of everything that is made.
+        device: "cpu", or "auto" for the accelerator that is there.
+        deadline: of `time.monotonic`, after which the training saves and stops.
+        teacher, students: training runs, names or files.
+        suite: a name or a file; its paths are those that this script makes under `out`.
+        classifier: how the judge is trained.
+    """
+
+    data: Path
+    out: Path
+    device: str
+    deadline: float
+    teacher: str = "cifar10"
+    students: str = "cifar10-progressive"
+    suite: str = "cifar10"
+    classifier: ClassifierTraining = CLASSIFIER
+
+    @property
+    def torch_device(self) -> str:
+        """Of torch."""
+        return "cuda" if self.device == "auto" and torch.cuda.is_available() else "cpu"
+
+    def images(self, split: str) -> ImageData:
+        """The images of "train" or "test"."""
+        return load_images(self.data / f"{split}.parquet")
+
+
+class Ended(Enum):
+    """How a stage ended: with nothing to do, at its end, or at the deadline."""
+
+    IDLE, DONE, CUT = range(3)
+
+
+def make_judge(work: Work) -> Ended:
+    """Train the classifier, and save it with the statistics of both splits."""
+    folder = work.out / "judge"
+    if (folder / MOMENTS).exists():
+        return Ended.IDLE
+    files = {split: work.data / f"{split}.parquet" for split in _SPLITS}
+    data = {split: work.images(split) for split in _SPLITS}
+    labels = data["train"].labels
+    if labels is None:
+        raise ValueError(f"{files['train']} has no labels; a classifier needs them")
+    network, _ = train_classifier(data["train"].images, labels, work.classifier, device=work.torch_device)
+    info = {"data": {split: describe(data[split], file) for split, file in files.items()}}
+    save_extractor(folder / FEATURES, "cifar_cnn", network, info)
+    extractor = load_extractor(folder / FEATURES, work.torch_device)
+    accuracy = float((extractor.classify(data["test"].images) == data["test"].labels).mean())
+    save_extractor(folder / FEATURES, "cifar_cnn", network, {"test_accuracy": accuracy, **info})
+    build_statistics(files, data, folder / MOMENTS, extractor)
+    return Ended.DONE
+
+
+def train_teacher(work: Work) -> Ended:
+    """Train the model to its end, or to the deadline."""
+    return _train(work, load_config(work.teacher), work.out / "teacher")
+
+
+def train_students(work: Work) -> Ended:
+    """Distil the model to its end, or to the deadline."""
+    config = load_config(work.students, teacher=str(work.out / "teacher" / "model"))
+    return _train(work, config, work.out / "students")
+
+
+def measure(work: Work) -> Ended:
+    """Run the suite on what was trained."""
+    suite = load_suite(work.suite)
+    paths: dict[str, Any] = {"model": str(work.out / "teacher" / "model"), "judge": str(work.out / "judge")}
+    rows = [
+        row.model_copy(update={"student": str(work.out / "students" / "students")}) if hasattr(row, "student") else row
+        for row in suite.samplers
+    ]
+    suite = suite.model_copy(update={**paths, "samplers": tuple(rows)})
+    device, console = work.torch_device, Console()
+    model = load_model(suite.model, device, default_dtype(device), suite.judge)
+    found = run_suite(suite, model, work.out / "results", device, console)
+    title = write_results(suite, model, work.out / "results", device, found)
+    console.print(terminal(found, model.judge.floor, title, suite.note))
+    return Ended.DONE
+
+
+STAGES: dict[str, Callable[[Work], Ended]] = {
+    "judge": make_judge,
+    "teacher": train_teacher,
+    "students": train_students,
+    "table": measure,
+}
+
+
+def _train(work: Work, config: Any, out: Path) -> Ended:
+    trainer = Trainer(make_method(config), out, work.device)
+    if trainer.step == trainer.steps:
+        return Ended.IDLE
+    trainer.evaluate = evaluator(out, 0, work.torch_device)
+    data = work.images("train")
+    labels = None if data.labels is None else torch.from_numpy(data.labels)
+    trainer.run(torch.from_numpy(data.images), labels, minutes=(work.deadline - time.monotonic()) / 60)
+    return Ended.DONE if trainer.step == trainer.steps else Ended.CUT
+
+
+def export(work: Work, folder: Path) -> None:
+    """Copy what was made without the training's state: models in half precision, in files of at most 15 MB."""
+    found = [work.out / "teacher" / "model", *sorted((work.out / "students" / "students").glob("*-step*"))]
+    for model in (path for path in found if (path / "config.json").exists()):
+        save_checkpoint(folder / model.relative_to(work.out), load_checkpoint(model), torch.float16)
+    for name in ("judge", "results"):
+        if (work.out / name).exists():
+            shutil.copytree(work.out / name, folder / name, dirs_exist_ok=True)
+    for log in work.out.glob("*/log.jsonl"):
+        shutil.copy(log, folder / f"{log.parent.name}-log.jsonl")
+
+
+def run(work: Work) -> str:
+    """Do what is left, stage by stage, and at least a little; returns the stage to go on with, or "" when all is done."""
+    worked = False
+    for name, stage in STAGES.items():
+        if worked and time.monotonic() > work.deadline:
+            return name
+        click.echo(f"stage {name}")
+        ended = stage(work)
+        if ended is Ended.CUT:
+            return name
+        worked |= ended is Ended.DONE
+    return ""
+
+
+@click.command()
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="Folder with train.parquet and test.parquet."
+)
+@click.option("--out", default=Path("runs/cifar10"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--minutes", type=click.FloatRange(min=0), help="After which to save and stop; by default never.")
+@click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", show_default=True)
+@click.option("--teacher", default="cifar10", show_default=True, help="Training run of the model.")
+@click.option("--students", default="cifar10-progressive", show_default=True, help="Training run of the students.")
+@click.option("--suite", default="cifar10", show_default=True)
+@click.option(
+    "--epochs", default=CLASSIFIER.epochs, show_default=True, type=click.IntRange(min=1), help="Of the judge."
+)
+@click.option(
+    "--export", "exported", type=click.Path(path_type=Path), help="Folder for a copy without the training state."
+)
+@plain_errors
+def main(
+    data: Path,
+    out: Path,
+    minutes: float | None,
+    device: str,
+    teacher: str,
+    students: str,
+    suite: str,
+    epochs: int,
+    exported: Path | None,
+) -> None:
+    """Train a judge, a model and its students on CIFAR-10, and measure them; goes on where it stopped."""
+    checked_device("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
+    deadline = time.monotonic() + (float("inf") if minutes is None else 60 * minutes)
+    classifier = ClassifierTraining(**{**vars(CLASSIFIER), "epochs": epochs})
+    work = Work(data, out, device, deadline, teacher, students, suite, classifier)
+    stopped = run(work)
+    if exported is not None:
+        export(work, exported)
+    click.echo(
+        f"stopped before the end of stage {stopped}; the same command goes on"
+        if stopped
+        else f"all done: {out / 'results'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
