@@ -84,7 +84,7 @@ def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
         device: of the students' networks.
 
     Raises:
-        ValueError: students that cannot be loaded, or do not fit the model.
+        ValueError: students that cannot be loaded, or do not fit the model, or a guidance weight that none takes.
     """
     students = {
         spec.label: load_students(spec, model, device) for spec in suite.samplers if isinstance(spec, StudentSpec)
@@ -92,6 +92,9 @@ def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
     networks = [model, *(student for found in students.values() for student in found.values())]
     if suite.guidance is not None and not any(_guided(network) for network in networks):
         raise ValueError(f"guidance={suite.guidance:g} is given, but no network of suite {suite.name!r} takes a weight")
+    for network in networks:
+        if _guided(network):
+            inputs_of(network, 1, suite.guidance)
     cells = [
         _student_cell(suite, model, spec, nfe, students[spec.label])
         if isinstance(spec, StudentSpec)

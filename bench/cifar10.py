@@ -1,7 +1,8 @@
 """CIFAR-10 from its images to a table of samplers and students: `python -m bench.cifar10 --data FOLDER --out runs/cifar10`.
 
-Four stages, each of which goes on where it stopped; with `--minutes` a call ends after about so long, and the same command goes
-on from there until it says that all is done.
+Four stages, of which the two that train go on from their last checkpoint; with `--minutes` a call trains about so long and then
+stops, and the same command goes on from there until it says that all is done. The judge takes a minute or two on an
+accelerator and is made in one go, and so is the table, whose finished cells are kept.
 
     judge     a classifier of the training images, and the statistics of its features
     teacher   distill/configs/cifar10.yaml
@@ -25,7 +26,7 @@ from rich.console import Console
 
 from bench.build_assets import build_statistics, describe
 from bench.classifier_training import ClassifierTraining, train_classifier
-from bench.command import checked_device, plain_errors
+from bench.command import checked_device, plain_errors, resumable
 from bench.data import ImageData, load_images
 from bench.evaluate import evaluator
 from bench.features import load_extractor, save_extractor
@@ -36,7 +37,7 @@ from bench.table import terminal
 from bench.zoo import FEATURES, MOMENTS, default_dtype, load_model
 from distill.checkpoint import load_checkpoint, save_checkpoint
 from distill.methods import load_config, make_method
-from distill.trainer import Trainer
+from distill.trainer import Trainer, TrainingError
 
 CLASSIFIER = ClassifierTraining(
     epochs=30, learning_rate=3e-3, shift=4.0, rotation=0.0, scale=0.0, flip=True, width=64, hidden=128, levels=3
@@ -151,19 +152,25 @@ def _train(work: Work, config: Any, out: Path) -> Ended:
 
 
 def export(work: Work, folder: Path) -> None:
-    """Copy what was made without the training's state: models in half precision, in files of at most 15 MB."""
+    """Copy what was made without the training's state, in files of at most 15 MB.
+
+    The models are rounded to half precision, so their hashes are not those of the measured ones in the results.
+    """
     found = [work.out / "teacher" / "model", *sorted((work.out / "students" / "students").glob("*-step*"))]
-    for model in (path for path in found if (path / "config.json").exists()):
+    for model in (path for path in found if (path / "config.json").exists() and path.suffix not in (".new", ".old")):
         save_checkpoint(folder / model.relative_to(work.out), load_checkpoint(model), torch.float16)
     for name in ("judge", "results"):
         if (work.out / name).exists():
-            shutil.copytree(work.out / name, folder / name, dirs_exist_ok=True)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            shutil.copytree(work.out / name, folder / name)
     for log in work.out.glob("*/log.jsonl"):
         shutil.copy(log, folder / f"{log.parent.name}-log.jsonl")
 
 
 def run(work: Work) -> str:
     """Do what is left, stage by stage, and at least a little; returns the stage to go on with, or "" when all is done."""
+    for read, name in ((load_config, work.teacher), (load_config, work.students), (load_suite, work.suite)):
+        read(name)  # a typing error in the last is told first
     worked = False
     for name, stage in STAGES.items():
         if worked and time.monotonic() > work.deadline:
@@ -185,7 +192,7 @@ def run(work: Work) -> str:
 @click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", show_default=True)
 @click.option("--teacher", default="cifar10", show_default=True, help="Training run of the model.")
 @click.option("--students", default="cifar10-progressive", show_default=True, help="Training run of the students.")
-@click.option("--suite", default="cifar10", show_default=True)
+@click.option("--suite", default="cifar10", show_default=True, help="What is measured, on the paths made here.")
 @click.option(
     "--epochs", default=CLASSIFIER.epochs, show_default=True, type=click.IntRange(min=1), help="Of the judge."
 )
@@ -209,7 +216,16 @@ def main(
     deadline = time.monotonic() + (float("inf") if minutes is None else 60 * minutes)
     classifier = ClassifierTraining(**{**vars(CLASSIFIER), "epochs": epochs})
     work = Work(data, out, device, deadline, teacher, students, suite, classifier)
-    stopped = run(work)
+    missing = [split for split in _SPLITS if not (data / f"{split}.parquet").is_file()]
+    if missing:
+        raise ValueError(
+            f"--data must be a folder with train.parquet and test.parquet; {data} has no {missing[0]}.parquet"
+        )
+    with resumable("the same command goes on from the last checkpoint"):
+        try:
+            stopped = run(work)
+        except TrainingError as error:
+            raise click.ClickException(str(error)) from error
     if exported is not None:
         export(work, exported)
     click.echo(

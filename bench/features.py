@@ -8,10 +8,9 @@ distance between them is called `fd_mnist_cnn`, never FID, and compares with num
 from __future__ import annotations
 
 import difflib
-import hashlib
 import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.metrics import Moments
-from distill.checkpoint import CheckpointError, load_weights, read_json, read_tensors, write_folder
+from distill.checkpoint import CheckpointError, content_hash, load_weights, read_json, read_tensors, write_folder
 
 FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
@@ -119,19 +118,6 @@ def quantise(images: np.ndarray | Tensor) -> Tensor:
 def dequantise(images: Tensor) -> Tensor:
     """uint8 images as float32 in [-1, 1], the inverse of `quantise` on the 256 levels."""
     return images.float() / 127.5 - 1
-
-
-def content_hash(arrays: Mapping[str, np.ndarray | Tensor]) -> str:
-    """First 16 hex digits of the SHA-256 of names, dtypes, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        value = arrays[name]
-        value = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-        # A fixed byte order makes the hash the same on every machine.
-        little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
-        digest.update(f"{name} {value.dtype.name} {value.shape}\n".encode())
-        digest.update(little.tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True, eq=False)

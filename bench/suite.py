@@ -162,6 +162,11 @@ class Suite(Strict):
         """
         mine: dict[str, Spec] = {spec.label: spec for spec in self.samplers}
         added = [spec.label for spec in students]
+        for label in added:
+            if label in mine or label in SAMPLERS:
+                raise ValueError(
+                    f"label {label!r} of a student is also that of a sampler; give the student another one"
+                )
         for name in samplers:
             if name not in mine and name not in added and name not in SAMPLERS:
                 raise unknown("sampler", name, {*SAMPLERS, *mine, *added})

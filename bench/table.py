@@ -99,9 +99,20 @@ def notes(rows: Sequence[Row], floor: float, note: str = "") -> list[str]:
         lines.append(
             f"{_UNTRAINED} The student was not trained for this number of calls; it takes the sampler of its plan."
         )
-    lines += _absent(rows)
+    lines += _guidance(rows) + _absent(rows)
     failed = [f"{row['label']} at {row['budget']}: {row['reason']}" for row in rows if row["status"] == "failed"]
     return [*lines, *(f"Failed: {text}" for text in failed)]
+
+
+def _guidance(rows: Sequence[Row]) -> list[str]:
+    weights = {
+        row["label"]: row["inputs"]["guidance"] for row in _measured(rows) if "guidance" in row.get("inputs", {})
+    }
+    return (
+        [f"Guidance weight: {', '.join(f'{label} {weight:g}' for label, weight in weights.items())}."]
+        if weights
+        else []
+    )
 
 
 def _absent(rows: Sequence[Row]) -> list[str]:

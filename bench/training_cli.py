@@ -26,7 +26,11 @@ _OPTIONS = (
         show_default=True,
         help="Samples that an evaluation judges; 0 for pictures only.",
     ),
-    click.option("--minutes", type=click.FloatRange(min=0), help="After which to save and stop; by default never."),
+    click.option(
+        "--minutes",
+        type=click.FloatRange(min=0),
+        help="After which to save and stop, at the next row of the log; by default never.",
+    ),
     click.option("--plan-only", is_flag=True, help="Show phases, steps and estimated minutes; train nothing."),
 )
 
@@ -45,7 +49,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 def train(config: str, init: str | None, **options: Any) -> None:
     """Train an epsilon-model as CONFIG says: a shipped run (by default mnist) or a YAML file.
 
-    A run that was stopped goes on where it stopped: type the same command again. OUT/model is a checkpoint for `fewstep
+    A run that was stopped goes on from its last checkpoint: type the same command again. OUT/model is a checkpoint for `fewstep
     bench --model`, and pictures of its samples are in OUT/samples.
     """
     _train(_settings(config, teaches=True, images=options.pop("images"), init=init), **options)
@@ -59,8 +63,9 @@ def train(config: str, init: str | None, **options: Any) -> None:
 def distill(config: str, teacher: str | None, **options: Any) -> None:
     """Train students of a teacher as CONFIG says: a shipped run such as mnist-progressive, or a YAML file.
 
-    A run that was stopped goes on where it stopped: type the same command again. OUT/students has a folder for each student,
-    for `fewstep bench --model` or `--student`, and pictures of their samples are in OUT/samples.
+    A run that was stopped goes on from its last checkpoint: type the same command again. OUT/students has a folder for each
+    student, for `fewstep bench --model` or `--student` (what stage one of guidance leaves is for `--model`), and pictures of
+    their samples are in OUT/samples.
     """
     _train(_settings(config, teaches=False, images=options.pop("images"), teacher=teacher), **options)
 

@@ -116,6 +116,10 @@ def load_model(name: str, device: str = "cpu", dtype: str = "fp32", judge: str |
         return _ZOO[name](device, dtype)
     if Path(name).exists():
         return _from_folder(name, Path(name), device, dtype, judge)
+    if "/" in name:
+        raise ValueError(
+            f"model {name!r}: there is no such folder; give a checkpoint folder, or one of {', '.join(_ZOO)}"
+        )
     raise unknown("model", name, (*_ZOO, "a checkpoint folder"))
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -189,6 +192,19 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
+def content_hash(arrays: Mapping[str, np.ndarray | Tensor]) -> str:
+    """First 16 hex digits of the SHA-256 of names, dtypes, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        value = arrays[name]
+        value = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        # A fixed byte order makes the hash the same on every machine.
+        little = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
+        digest.update(f"{name} {value.dtype.name} {value.shape}\n".encode())
+        digest.update(little.tobytes())
+    return digest.hexdigest()[:16]
+
+
 # checkpoints ---------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +266,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             does not exist, or weights of another architecture.
     """
     folder = _readable(Path(folder))
+    for inside in ("model", "students"):
+        if not (folder / _CONFIG).exists() and (folder / inside).is_dir():
+            raise CheckpointError(
+                f"{folder} is the folder of a training run; give a checkpoint in it, such as {folder / 'model'}"
+            )
     config = read_json(folder / _CONFIG)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else type(config).__name__

@@ -29,13 +29,13 @@ class Training(Strict):
         ema_half_lives: of the averages of the weights; the first one is judged and shipped, all are saved.
         dtype: "bf16" (autocast) or "fp32".
         mirror: whether half of the images of each batch are mirrored, which suits most photographs and no writing.
-        compile: whether `torch.compile` compiles the network.
+        compile: whether `torch.compile` compiles the network that is trained; a teacher is not compiled.
         seed: in [0, 2^31), of the first weights and of every batch.
         log_every, save_every: steps between two rows of the log, and between two checkpoints, a multiple of the first.
         keep: checkpoints of the state that are kept, so that a damaged one costs little.
         evaluate_every: steps between two evaluations, a multiple of `log_every`; 0 for none but the last of a phase.
         rollbacks: how often in a run a loss that is NaN or Inf is answered by going back to the last checkpoint with half
-            the learning rate.
+            the learning rate, which lasts to the end of the phase.
         tensorboard: whether the log is also written for TensorBoard.
     """
 

@@ -6,6 +6,7 @@ Meng et al. 2023, arXiv:2210.03142. Stage one (section 3.1) folds the two calls 
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from distill.checkpoint import Checkpoint
+from distill.checkpoint import Checkpoint, CheckpointError
 from distill.method import Batch, Phase, column, dropped, noisy, stratified
 from distill.network import PatchUNet, with_scalars
 from distill.progressive import WEIGHTS, Progressive, ProgressiveConfig
@@ -27,15 +28,15 @@ class GuidedConfig(ProgressiveConfig):
     Attributes:
         guidance: range of the guidance weight w, which is uniform in it; a prediction under guidance is
             `(1 + w) conditional - w unconditional`, so 0 is none.
-        match_images: training images of stage one.
-        match_learning_rate: at its start; it falls linearly to zero.
+        stage_one_images: training images of stage one.
+        stage_one_learning_rate: at its start; it falls linearly to zero.
         drop_label: as in progressive distillation, but 0 by default: without a label there is nothing to guide.
     """
 
     method: Literal["guided"] = "guided"  # type: ignore[assignment]
     guidance: tuple[float, float] = (0.0, 4.0)
-    match_images: int = Field(default=256_000, ge=1)
-    match_learning_rate: float = Field(default=3e-4, gt=0)
+    stage_one_images: int = Field(default=256_000, ge=1)
+    stage_one_learning_rate: float = Field(default=3e-4, gt=0)
     drop_label: float = Field(default=0.0, ge=0, le=1)
 
     @field_validator("guidance")
@@ -49,23 +50,29 @@ class GuidedConfig(ProgressiveConfig):
 class Guided(Progressive):
     """Distils a teacher under guidance; see `GuidedConfig`. Phase 0 is stage one, the others are progressive."""
 
-    settings = GuidedConfig  # type: ignore[assignment]
+    settings = GuidedConfig
+    needs_labels = True
 
     def __init__(self, config: GuidedConfig) -> None:
-        """Read the teacher; errors as in `Progressive`."""
+        """Read the teacher; errors as in `Progressive`, and CheckpointError for one that never saw the null class."""
         super().__init__(config)
-        images = config.match_images
-        matching = Phase("guided", images, config.match_learning_rate, cooldown=images, calls=2.0)
-        self.phases = (matching, *self.phases)
+        if self.teacher.info.get("training", {}).get("drop_label") == 0:
+            raise CheckpointError(
+                f"teacher {config.teacher} was trained with drop_label=0, so it has no prediction without a label, which "
+                "guidance needs"
+            )
+        images = config.stage_one_images
+        stage_one = Phase("guided", images, config.stage_one_learning_rate, cooldown=images, calls=2.0)
+        self.phases = (stage_one, *self.phases)
 
-    def network(self) -> PatchUNet:
+    def network(self, fresh: bool = True) -> PatchUNet:
         """The teacher's, with a further input whose weight is zero at first."""
-        return with_scalars(self.teacher.network, [NAME])
+        return with_scalars(self.teacher.network, [NAME]).requires_grad_(True)
 
     def begin(self, phase: int, before: Checkpoint | None, device: torch.device) -> None:
         """In stage one the teacher is the teacher, later the averaged network of the phase before."""
         if phase == 0:
-            self._teaching = self.model(self.teacher.network.to(device).eval())
+            self._teaching = self.model(copy.deepcopy(self.teacher.network).to(device).eval())
         else:
             super().begin(phase - 1, before, device)
 

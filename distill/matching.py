@@ -6,6 +6,7 @@ trained, from states that the student itself reaches, and no images are needed.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -15,31 +16,29 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from distill.config import Training
-from distill.method import Batch, Method, Phase, as_model, column, dropped
+from distill.checkpoint import Checkpoint
+from distill.distillation import Distillation, DistillationConfig
+from distill.method import Batch, Phase, column, dropped
 from distill.network import PatchUNet, with_scalars
 from distill.rows import Stretches
 from distill.student import ddim_plan
-from samplers.grid import make_grid, points_of
+from samplers.grid import make_grid
 from samplers.model import EpsModel
-from samplers.registry import get_sampler
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 DISTANCES: dict[str, Distance] = {
     "l1": lambda a, b: (a - b).abs().mean(),
     "l2": lambda a, b: (a - b).square().mean(),
 }
+NAME = "log2_steps"  # of the network's scalar input
 _WITH_GRADIENT = 3  # calls without gradient that one with it is counted as
 
 
-class MatchingConfig(Training):
+class MatchingConfig(DistillationConfig):
     """What a run of simple and fast distillation is.
 
     Attributes:
-        teacher: folder of the teacher's checkpoint.
         steps: step counts that the one student serves; a batch is of one of them, each as often.
-        sampler, options: what takes the teacher along its path, a deterministic sampler.
         substeps: the teacher's steps for one of the student's; K in the paper.
         grid, final: of the teacher's nodes, as in `samplers.grid.make_grid`; the student's are every `substeps`-th of them.
         path: where the teacher begins each step: on the "teacher"'s own path from the noise, so that the student learns to
@@ -48,16 +47,13 @@ class MatchingConfig(Training):
         images: start noises to see in all, rounded up to whole batches.
         learning_rate: of the plateau.
         warmup, cooldown: first images, over which the learning rate rises linearly, and last, over which it falls.
-        drop_label: probability with which a label is replaced by the null class, in [0, 1].
     """
 
-    may_change = Training.may_change | {"images", "cooldown"}
+    may_change = DistillationConfig.may_change | {"images", "cooldown"}
 
     method: Literal["matching"] = "matching"
-    teacher: str
     steps: tuple[int, ...] = Field(default=(2, 4), min_length=1)
     sampler: str = "dpmpp-3s"
-    options: dict[str, Any] = Field(default_factory=dict)
     substeps: int = Field(default=2, ge=1)
     grid: str = "time-quadratic"
     final: Literal["zero", "t_min"] = "zero"
@@ -67,25 +63,12 @@ class MatchingConfig(Training):
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup: int = Field(default=2_000, ge=0)
     cooldown: int = Field(default=50_000, ge=0)
-    drop_label: float = Field(default=0.1, ge=0, le=1)
 
     @field_validator("steps")
     @classmethod
     def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if min(value) < 1 or len(set(value)) < len(value):
             raise ValueError(f"must be different and at least 1, got {list(value)}")
-        return value
-
-    @field_validator("sampler")
-    @classmethod
-    def _known_sampler(cls, value: str) -> str:
-        get_sampler(value)
-        return value
-
-    @field_validator("grid")
-    @classmethod
-    def _known_grid(cls, value: str) -> str:
-        points_of(value)
         return value
 
 
@@ -135,7 +118,7 @@ def matching_loss(
 # the method ----------------------------------------------------------------------------------------------------------
 
 
-class Matching(Method):
+class Matching(Distillation):
     """Trains a student of few steps without images; see `MatchingConfig`.
 
     Of the data only the labels are used, so that the student sees each class as often as the data has it. A path of N steps
@@ -143,7 +126,6 @@ class Matching(Method):
     each, beside the teacher's.
 
     Attributes:
-        teacher: its checkpoint.
         plans: what the student samples with at each step count.
     """
 
@@ -158,33 +140,25 @@ class Matching(Method):
                 prediction from which x0 does not follow at one of the nodes.
         """
         super().__init__(config)
-        self.teacher = load_checkpoint(config.teacher)
-        if self.teacher.network.scalars:
-            raise CheckpointError(
-                f"teacher {config.teacher} takes {', '.join(self.teacher.network.scalars)} beside state, time and label; give "
-                "one that does not"
-            )
-        self.schedule = self.teacher.schedule
-        self.teacher.network.requires_grad_(False)
         self._fine = {
             n: make_grid(self.schedule, config.grid, n * config.substeps, config.final).t for n in config.steps
         }
         self._stretches = {n: self._stretches_of(n) for n in config.steps}
         self.plans = {n: ddim_plan(self.schedule, self.nodes(n)) for n in config.steps}
-        self._check_calls()
+        self.check_calls(*self._stretches.values(), plans=tuple(self.plans.values()))
         self.phases = (self._phase(),)
 
     def nodes(self, steps: int) -> np.ndarray:
         """The student's times (steps + 1,)."""
         return self._fine[steps][:: self.config.substeps]
 
-    def network(self) -> PatchUNet:
-        """The teacher's; for several step counts with an input `steps`, which has no effect yet."""
-        return with_scalars(self.teacher.network, ["steps"] if len(self.config.steps) > 1 else [])
+    def network(self, fresh: bool = True) -> PatchUNet:
+        """The teacher's; for several step counts with an input `log2_steps`, which has no effect yet."""
+        return with_scalars(self.teacher.network, [NAME] if len(self.config.steps) > 1 else []).requires_grad_(True)
 
     def begin(self, phase: int, before: Checkpoint | None, device: torch.device) -> None:
         """Put the teacher on the device."""
-        self._teaching = self.model(self.teacher.network.to(device).eval())
+        self._teaching = self.model(copy.deepcopy(self.teacher.network).to(device).eval())
 
     def draw(self, x0: Tensor, labels: Tensor, generator: torch.Generator, phase: int) -> Batch:
         """Start noise, labels, and the student's times (B, N + 1), whose shape tells the N of the batch."""
@@ -209,10 +183,6 @@ class Matching(Method):
 
         return matching_loss(step, target, x, steps, DISTANCES[self.config.norm], self.config.path)
 
-    def model(self, network: nn.Module) -> EpsModel:
-        """A network as an epsilon-model that computes in the run's dtype."""
-        return as_model(network, self.schedule, self.teacher.predicts, self.config.autocast)
-
     def checkpoint(self, network: PatchUNet, phase: int, info: dict[str, Any]) -> Checkpoint:
         """The student, with its plan for each step count, and what its network is told of the count."""
         steps = sorted(self.config.steps)
@@ -222,20 +192,13 @@ class Matching(Method):
 
     def _told(self, steps: int) -> list[tuple[str, float]]:
         """Names and values of the scalars on a path of so many steps."""
-        return [("steps", math.log2(steps))] if len(self.config.steps) > 1 else []
+        return [(NAME, math.log2(steps))] if len(self.config.steps) > 1 else []
 
     def _stretches_of(self, steps: int) -> Stretches:
         """What the teacher computes from each of the student's nodes to the next."""
         k, fine = self.config.substeps, self._fine[steps].tolist()
         times = [fine[n * k : (n + 1) * k + 1] for n in range(steps)]
         return Stretches(self.config.sampler, self.schedule, times, **self.config.options)
-
-    def _check_calls(self) -> None:
-        """Raise ValueError where what a plan takes does not follow from the teacher's prediction."""
-        model = EpsModel(self.teacher.network, self.schedule, self.teacher.predicts)
-        taught = (plan for stretches in self._stretches.values() for plan in stretches.plans)
-        for call in (call for plan in (*self.plans.values(), *taught) for call in plan.calls):
-            model.affine(call.kind, call.t, call.alpha, call.sigma)
 
     def _phase(self) -> Phase:
         config = self.config

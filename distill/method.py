@@ -60,18 +60,28 @@ class Method(ABC):
         config: the settings, of the class `settings`.
         schedule: the noise schedule.
         phases: what is trained in turn, each from the averaged weights of the one before.
+        needs_labels: whether data without labels would teach nothing.
     """
 
     settings: ClassVar[type[Training]]
+    needs_labels: ClassVar[bool] = False
     schedule: Schedule
     phases: tuple[Phase, ...]
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a run depends on beside its settings, as hashes: it may not change between two starts of one run."""
+        return {}
+
     @abstractmethod
-    def network(self) -> PatchUNet:
+    def network(self, fresh: bool = True) -> PatchUNet:
         """The network as training begins, on the CPU; fresh weights come from torch's global generator, which is seeded.
+
+        Args:
+            fresh: False where a checkpoint of the run will replace the weights.
 
         Raises:
             CheckpointError: the teacher cannot be used.
@@ -108,7 +118,7 @@ class Method(ABC):
 
 
 def stratified(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform draws (count,) in [0, 1), float32, one in each of `count` equal parts, shuffled: a loss of less noise."""
+    """Uniform draws (count,) in [0, 1], float32, one in each of `count` equal parts, shuffled: a loss of less noise."""
     return (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
 
 

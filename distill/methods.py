@@ -48,8 +48,9 @@ def load_config(name_or_path: str | Path, **overrides: Any) -> Training:
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"{path}: {unknown('method', method, METHODS)}")
     settings = METHODS[method].settings
+    config = validated(settings, {**{k: v for k, v in overrides.items() if k not in document}, **document}, path)
     if not overrides:
-        return validated(settings, document, path)
+        return config
     return validated(settings, {**document, **overrides}, f"{path} with {', '.join(sorted(overrides))} given")
 
 

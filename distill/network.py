@@ -23,8 +23,9 @@ class PatchUNet(nn.Module):
         channels: of the image.
         size: height and width of the image in pixels.
         patch: side of a block in pixels; `size` is a multiple of `patch * 2 ** (len(widths) - 1)`.
-        widths: channels of each level of the U-Net, each a multiple of 8; the last one, where attention is, either at
-            most 32 or a multiple of 32.
+        widths: channels of each level of the U-Net, each a multiple of 8 and at least 16 (with one channel in each of the 8
+            groups that are normalised, time and label would be divided out again); the last one, where attention is, either
+            at most 32 or a multiple of 32.
         layers: residual blocks a level.
         classes: number of labels; one more, the null class with the number `classes`, stands for "no label".
         time_scale: factor on t before the sinusoidal embedding, which is made for 0 .. 1000.
@@ -153,7 +154,9 @@ def _check_arguments(size: int, patch: int, widths: list[int], classes: int, **o
             f"size must be a multiple of patch * 2 ** (levels - 1) = {multiple}, got size={size}, patch={patch} and "
             f"{len(widths)} levels"
         )
-    if any(width % _NORM_GROUPS for width in widths) or widths[-1] % min(_HEAD_WIDTH, widths[-1]):
+    narrow = min(widths) < 2 * _NORM_GROUPS
+    if narrow or any(width % _NORM_GROUPS for width in widths) or widths[-1] % min(_HEAD_WIDTH, widths[-1]):
         raise ValueError(
-            f"widths must be multiples of {_NORM_GROUPS}, the last at most {_HEAD_WIDTH} or a multiple of it, got {widths}"
+            f"widths must be multiples of {_NORM_GROUPS} from {2 * _NORM_GROUPS} on, the last at most {_HEAD_WIDTH} or a "
+            f"multiple of it, got {widths}"
         )

@@ -9,24 +9,24 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from distill.checkpoint import Checkpoint, CheckpointError
 from distill.config import Training
-from distill.method import Batch, Method, Phase, as_model, column, dropped, stratified
+from distill.distillation import Distillation, DistillationConfig
+from distill.method import Batch, Phase, column, dropped, stratified
 from distill.network import PatchUNet
 from distill.rows import Stretches
 from distill.student import ddim_plan
-from samplers import EpsModel
-from samplers.grid import Grid, make_grid, points_of
-from samplers.registry import get_sampler
+from samplers.grid import Grid, make_grid
 
-# of the squared error of x0, as functions of alpha^2 / sigma^2 (equations 9 and 10); the second is that of v
+# of the squared error of x0, as functions of alpha^2 / sigma^2 (equations 9 and 10); the second is that of v where the schedule
+# preserves variance
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "truncated_snr": lambda snr: snr.clamp(min=1.0),
     "snr_plus_one": lambda snr: 1.0 + snr,
@@ -34,11 +34,10 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 _DIVIDES_BY_ALPHA = ("eps", "score")
 
 
-class ProgressiveConfig(Training):
+class ProgressiveConfig(DistillationConfig):
     """What a progressive distillation is.
 
     Attributes:
-        teacher: folder of its checkpoint. Its network, schedule and prediction are the student's.
         steps: of the student of each phase, each half of the one before.
         sampler, options: how the teacher takes its steps in the first phase; in a later one it is the student before, whose
             steps are DDIM's.
@@ -47,26 +46,20 @@ class ProgressiveConfig(Training):
             time like the paper's; "uniform" would end with a step of almost no length, from t_min to clean data.
         final: what the last node is: "zero" for clean data, or "t_min".
         weight: of the squared error of x0: "truncated_snr" for max(alpha^2 / sigma^2, 1) or "snr_plus_one" for
-            1 + alpha^2 / sigma^2, which is the squared error of v.
+            1 + alpha^2 / sigma^2, which on a variance-preserving schedule is the squared error of v.
         images: training images of a phase but the last, rounded up to whole batches.
         last_images: of the last phase, whose steps are the hardest to learn.
         learning_rate: at the start of each phase; it falls linearly to zero.
-        drop_label: probability with which a label is replaced by the null class, so that a student can be guided, in [0, 1].
     """
 
     method: Literal["progressive"] = "progressive"
-    teacher: str
     steps: tuple[int, ...] = (8, 4, 2, 1)
-    sampler: str = "ddim"
-    options: dict[str, Any] = Field(default_factory=dict)
     substeps: int = Field(default=2, ge=1)
-    grid: str = "sgm"
     final: Literal["t_min", "zero"] = "zero"
     weight: Literal["truncated_snr", "snr_plus_one"] = "snr_plus_one"
     images: int = Field(default=256_000, ge=1)
     last_images: int = Field(default=512_000, ge=1)
     learning_rate: float = Field(default=3e-4, gt=0)
-    drop_label: float = Field(default=0.1, ge=0, le=1)
 
     @field_validator("steps")
     @classmethod
@@ -75,29 +68,15 @@ class ProgressiveConfig(Training):
             raise ValueError(f"step counts that are not halvings, such as 8, 4, 2, 1: got {list(value)}")
         return value
 
-    @field_validator("sampler")
-    @classmethod
-    def _known_sampler(cls, value: str) -> str:
-        return get_sampler(value).name
 
-    @field_validator("grid")
-    @classmethod
-    def _known_grid(cls, value: str) -> str:
-        points_of(value)
-        return value
-
-
-class Progressive(Method):
+class Progressive(Distillation):
     """Distils a teacher into students of fewer and fewer steps; see `ProgressiveConfig`.
 
     A subclass that puts a phase before these hands them on with their number less one, `before` being the model they begin
     from; one with further conditions overrides `draw` and `condition`.
-
-    Attributes:
-        teacher: of the first phase.
     """
 
-    settings = ProgressiveConfig
+    settings: ClassVar[type[Training]] = ProgressiveConfig
 
     def __init__(self, config: ProgressiveConfig) -> None:
         """Read the teacher.
@@ -107,15 +86,14 @@ class Progressive(Method):
             ValueError: a sampler that is not deterministic, or options or a grid that do not fit it or the schedule.
         """
         super().__init__(config)
-        self.teacher = load_checkpoint(config.teacher)
         if self.teacher.predicts in _DIVIDES_BY_ALPHA:
             raise CheckpointError(
                 f"teacher {config.teacher} predicts {self.teacher.predicts!r}: a student of few steps needs x0 where alpha is "
                 "near 0, and there (x - sigma eps) / alpha is mostly the network's error; train a teacher with predicts: v"
             )
-        self.schedule = self.teacher.schedule
         self._finest = make_grid(self.schedule, config.grid, config.substeps * config.steps[0], config.final).t
         self.phases = tuple(self._phase(number) for number in range(len(config.steps)))
+        self.check_calls(*(self.stretches(number) for number in range(len(config.steps))))
 
     def nodes(self, steps: int) -> np.ndarray:
         """The times (steps + 1,) of so many equal parts of the finest grid; every step's teacher was trained at them."""
@@ -131,14 +109,14 @@ class Progressive(Method):
             return Stretches("ddim", self.schedule, times)
         return Stretches(config.sampler, self.schedule, times, **config.options)
 
-    def network(self) -> PatchUNet:
+    def network(self, fresh: bool = True) -> PatchUNet:
         """The teacher's."""
-        return copy.deepcopy(self.teacher.network)
+        return copy.deepcopy(self.teacher.network).requires_grad_(True)
 
     def begin(self, phase: int, before: Checkpoint | None, device: torch.device) -> None:
         """Take the averaged student of the phase before as the teacher."""
         teacher = self.teacher if before is None else before
-        self._teaching = self.model(teacher.network.to(device).eval())
+        self._teaching = self.model(copy.deepcopy(teacher.network).to(device).eval())
         self._stretches = self.stretches(phase)
         grid = Grid(self.schedule, self.nodes(self.config.steps[phase]))
         self._nodes = torch.tensor(np.stack([grid.t, grid.alpha, grid.sigma]), device=device)
@@ -165,10 +143,6 @@ class Progressive(Method):
         weight = WEIGHTS[self.config.weight]((alpha / sigma).square()).to(x0.dtype)
         prediction = self.model(network).x0(x_t, t.flatten(), **cond)
         return (weight * (prediction - target).square()).mean()
-
-    def model(self, network: nn.Module) -> EpsModel:
-        """A network as an epsilon-model that computes in the run's dtype."""
-        return as_model(network, self.schedule, self.teacher.predicts, self.config.autocast)
 
     def checkpoint(self, network: PatchUNet, phase: int, info: dict[str, Any]) -> Checkpoint:
         """The student, with the plan of its steps."""

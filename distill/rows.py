@@ -37,7 +37,7 @@ class Stretches:
         entry = get_sampler(sampler)
         entry.check_options(options)
         self.plans = [entry.plan(Grid(schedule, np.array(nodes, dtype=np.float64)), **options) for nodes in times]
-        if any(plan.stochastic for plan in self.plans):
+        if entry.stochastic == "yes" or any(plan.stochastic for plan in self.plans):
             raise ValueError(f"sampler must be deterministic, {sampler!r} with options {options} is not")
         self._groups = _alike(self.plans)
 

@@ -49,10 +49,13 @@ class RunFolder:
         path: of the folder, made when something is written.
         config: of the run.
         tell: is called with a sentence about what the user should know.
+        identity: of the method.
     """
 
-    def __init__(self, path: Path, config: Training, tell: Callable[[str], None]) -> None:
-        self.path, self.config, self.tell = path, config, tell
+    def __init__(
+        self, path: Path, config: Training, tell: Callable[[str], None], identity: dict[str, str] | None = None
+    ) -> None:
+        self.path, self.config, self.tell, self.identity = path, config, tell, identity or {}
 
     def student(self, phase: str) -> Path:
         """Folder of what a phase left."""
@@ -70,6 +73,7 @@ class RunFolder:
             "rate_factor": state.rate_factor,
             "rollbacks": state.rollbacks,
             "config": self.config.document(),
+            "identity": self.identity,
         }
         write_folder(folder, state.tensors, {"state": document, "log": state.log})
         write_text(self.path / "config.yaml", self.config.to_yaml())
@@ -111,7 +115,7 @@ class RunFolder:
     def _read(self, folder: Path) -> State:
         try:
             document, log = read_json(folder / "state.json"), read_json(folder / "log.json")
-            step, before = int(document["step"]), dict(document["config"])
+            step, before, identity = int(document["step"]), dict(document["config"]), dict(document["identity"])
             factor, rollbacks = float(document["rate_factor"]), int(document["rollbacks"])
             if not isinstance(log, list):
                 raise TypeError(f"the log is a {type(log).__name__}")
@@ -119,7 +123,7 @@ class RunFolder:
             raise _Damaged(str(error)) from error
         except (KeyError, TypeError, ValueError) as error:
             raise _Damaged(f"{folder} is not the state of a training run: {error!r}") from error
-        self._check_same_run(folder, before)
+        self._check_same_run(folder, before, identity)
         try:
             tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in self._tensor_names()}
         except CheckpointError as error:
@@ -130,7 +134,13 @@ class RunFolder:
         yield from ("network", "optimizer")
         yield from (f"average-{half_life}" for half_life in self.config.ema_half_lives)
 
-    def _check_same_run(self, folder: Path, before: dict[str, Any]) -> None:
+    def _check_same_run(self, folder: Path, before: dict[str, Any], identity: dict[str, str]) -> None:
+        for name, value in self.identity.items():
+            if identity.get(name) != value:
+                was = (
+                    f"{folder} is another run: the weights of its {name} had the hash {identity.get(name)}, now {value}"
+                )
+                raise CheckpointError(f"{was}; give another folder, or the old {name}")
         for name, value in self.config.document().items():
             if name not in self.config.may_change and before.get(name) != value:
                 was = f"{folder} is another run: {name} was {before.get(name)!r}, now {value!r}"

@@ -72,11 +72,11 @@ class Teacher(Method):
         self.schedule = from_config(config.schedule)
         self.phases = (Phase("", config.images, config.learning_rate, config.warmup, config.cooldown),)
 
-    def network(self) -> PatchUNet:
+    def network(self, fresh: bool = True) -> PatchUNet:
         """The configured network with fresh weights, or those of `init`."""
         network = build_network(self.config.network)
-        if self.config.init is not None:
-            _start_from(network, Path(self.config.init), self.config.seed)
+        if fresh and self.config.init is not None:
+            self._start_from(network, Path(self.config.init))
         self._null_class = network.classes
         return network
 
@@ -100,12 +100,15 @@ class Teacher(Method):
         """The model."""
         return Checkpoint(network, self.schedule, self.config.predicts, info)
 
-
-def _start_from(network: PatchUNet, init: Path, seed: int) -> None:
-    trained, widths = load_checkpoint(init).network, network.arguments["widths"]
-    if trained.arguments != network.arguments and trained.arguments | {"widths": widths} == network.arguments:
-        try:
-            trained = widened(trained, widths, seed)
-        except ValueError as error:
-            raise CheckpointError(f"{init} does not fit: {error}") from error
-    load_weights(network, trained.state_dict(), init)
+    def _start_from(self, network: PatchUNet, init: Path) -> None:
+        begun, mine = load_checkpoint(init), {"predicts": self.config.predicts, "schedule": self.schedule.config()}
+        for name, value in {"predicts": begun.predicts, "schedule": begun.schedule.config()}.items():
+            if value != mine[name]:
+                raise CheckpointError(f"{init} does not fit: {name} is {value!r}, here {mine[name]!r}")
+        trained, widths = begun.network, network.arguments["widths"]
+        if trained.arguments != network.arguments and trained.arguments | {"widths": widths} == network.arguments:
+            try:
+                trained = widened(trained, widths, self.config.seed)
+            except ValueError as error:
+                raise CheckpointError(f"{init} does not fit: {error}") from error
+        load_weights(network, trained.state_dict(), init)

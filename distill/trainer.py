@@ -78,19 +78,19 @@ class Trainer:
             cpu=device == "cpu", mixed_precision="no", log_with=tracker, project_dir=str(folder)
         )  # the method casts, as `dtype` says
         self.method, self.evaluate, self.console = method, evaluate, Console()
-        self.folder = RunFolder(Path(folder), config, self._tell)
+        self.folder = RunFolder(Path(folder), config, self._tell, method.identity)
         self._check_division()
+        with self.accelerator.main_process_first():  # which may give a folder its name back
+            state = self.folder.load()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            network = method.network()
+            network = method.network(fresh=state is None)
         self.weights = Weights(
             network, self.accelerator, config.ema_half_lives, config.weight_decay, compiles=config.compile
         )
         self.step, self.rate_factor, self.rollbacks = 0, 1.0, 0
         self.log: list[dict[str, Any]] = []
         self._phase = -1  # none has begun
-        with self.accelerator.main_process_first():  # which may give a folder its name back
-            state = self.folder.load()
         if state is not None:
             self._check_not_shorter(state)
             self._restore(state)
@@ -126,6 +126,8 @@ class Trainer:
             CheckpointError: a checkpoint could not be written; those before it are whole.
         """
         check_data(images, labels, self.weights.network.shape, self.weights.network.classes)
+        if labels is None and self.method.needs_labels:
+            raise ValueError(f"labels must be given for the method {self.config.method!r}, the data have none")
         if self.config.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         first, losses, deadline = self.step, list[Tensor](), time.perf_counter() + 60.0 * minutes
@@ -202,6 +204,7 @@ class Trainer:
         self._phase = number
         if before is not None and self.at(self.step) == (number, 0):
             self.weights.begin(before.network.state_dict())
+            self.rate_factor = 1.0
 
     # checks and reports -----------------------------------------------------------------------------------------------
 

@@ -130,6 +130,10 @@ class EpsModel:
             ValueError: it does not follow there (epsilon-prediction where alpha = 0).
         """
         affine = self._affine(kind, t, alpha, sigma)
+        if self.predicts == "edm" and not isinstance(alpha, Tensor) and alpha == 0:
+            raise ValueError(
+                f"a network with predicts='edm' takes log(sigma / alpha), which is infinite at t={t:g}, where alpha=0"
+            )
         if any(not isinstance(factor, Tensor) and math.isinf(factor) for factor in affine):
             raise ValueError(
                 f"a network with predicts={self.predicts!r} gives no {kind} at t={t:g}, where alpha={alpha:g} and sigma={sigma:g}"

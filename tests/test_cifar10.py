@@ -97,7 +97,15 @@ def test_a_folder_without_the_files_is_named(tmp_path: Path) -> None:
         cifar10.main, ["--data", str(tmp_path), "--out", str(tmp_path / "run"), "--device", "cpu"]
     )
     assert result.exit_code == 2
-    assert "train.parquet" in result.output
+    assert "--data must be a folder with train.parquet and test.parquet" in " ".join(result.output.split())
+
+
+def test_a_misspelt_suite_is_told_before_anything_is_trained(folder: Path) -> None:
+    options = ["--data", str(folder), "--out", str(folder / "other"), "--device", "cpu", "--suite", "cifar11"]
+    result = CliRunner().invoke(cifar10.main, options)
+    assert result.exit_code == 2
+    assert "did you mean 'cifar10'" in result.output
+    assert not (folder / "other").exists()
 
 
 def test_the_shipped_runs_are_of_the_size_they_say() -> None:

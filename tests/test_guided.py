@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import guided
-from distill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from distill.guided import Guided, GuidedConfig, guided_x0
 from distill.method import Method
 from distill.network import PatchUNet
@@ -53,7 +53,7 @@ def config(teacher: Path, **changes: Any) -> GuidedConfig:
         "steps": (2, 1),
         "images": 64,
         "last_images": 64,
-        "match_images": 64,
+        "stage_one_images": 64,
         "batch_size": 16,
         "dtype": "fp32",
         "log_every": 2,
@@ -139,7 +139,6 @@ def test_the_weights_of_guidance_fill_their_range(teacher: Path) -> None:
 
 
 def test_both_stages_leave_students_that_take_the_weight(teacher: Path, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     method = Guided(config(teacher))
     assert [phase.name for phase in method.phases] == ["guided", "2-steps", "1-step"]
     images = torch.randint(0, 256, (32, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -154,6 +153,51 @@ def test_both_stages_leave_students_that_take_the_weight(teacher: Path, tmp_path
         assert not torch.equal(weak, strong)
         with pytest.raises(ValueError, match=r"guidance must be in the range .* 0 to 4, got 4\.5"):
             student.sample(calls, shape=(2, *SHAPE), cond=labels, guidance=4.5)
+
+
+def test_in_stage_two_the_student_before_teaches_under_the_same_weights(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, images = Guided(config(teacher)), torch.randint(0, 256, (32, *SHAPE), dtype=torch.uint8)
+    Trainer(method, tmp_path).run(images, torch.arange(32) % 2, quiet=True)
+    for phase, before in ((1, "guided"), (2, "2-steps")):
+        student = load_checkpoint(tmp_path / "students" / before)
+        with torch.no_grad():  # the weights of the input begin at zero, and have hardly moved
+            for value in student.network.unet.class_embedding.scalars.parameters():
+                value.normal_(generator=torch.Generator().manual_seed(phase))
+        method.begin(phase, student, torch.device("cpu"))
+        made = batch(method, phase=phase, count=8)
+        steps = method.config.steps[phase - 1]
+        nodes, total = method.nodes(2 * steps), 0.0
+        for row in range(8):
+            one = {name: value[row : row + 1] for name, value in made.items()}
+            start = 2 * int(one["place"])
+            x, cond = None, {"class_labels": one["labels"], "guidance": one["guidance"]}
+            levels = [(float(COSINE.alpha(t)), float(COSINE.sigma(t))) for t in nodes[start : start + 3]]
+            (a, s), (a_end, s_end) = levels[0], levels[-1]
+            x_t = x = a * one["x0"] + s * one["eps"]
+            with torch.no_grad():
+                for t, (a_now, s_now), (a_next, s_next) in zip(nodes[start:], levels, levels[1:], strict=False):
+                    v = student.network(x, torch.tensor([t], dtype=torch.float32), **cond)
+                    x0, eps = a_now * x - s_now * v, s_now * x + a_now * v
+                    x = a_next * x0 + s_next * eps
+            target = (x - s_end / s * x_t) / (a_end - s_end / s * a)
+            total += (1 + a**2 / s**2) * float((a * x_t - s * 0.3 * x_t - target).square().mean()) / 8
+        got = method.loss(Linear([0.3] * 3), made, phase)
+        assert got.item() == pytest.approx(total, rel=1e-3)
+
+
+def test_data_without_labels_have_nothing_to_guide(teacher: Path, tmp_path: Path) -> None:
+    images = torch.zeros((32, *SHAPE), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="labels must be given for the method 'guided', the data have none"):
+        Trainer(Guided(config(teacher)), tmp_path).run(images, None, quiet=True)
+
+
+def test_a_teacher_that_never_saw_the_null_class_is_refused(teacher: Path, tmp_path: Path) -> None:
+    made = load_checkpoint(teacher)
+    save_checkpoint(tmp_path, Checkpoint(made.network, COSINE, "v", {"training": {"drop_label": 0.0}}))
+    with pytest.raises(CheckpointError, match="was trained with drop_label=0"):
+        Guided(config(tmp_path))
 
 
 @pytest.mark.parametrize("given", [(4.0, 0.0), (1.0, 1.0), (0.0, float("inf")), (0.0,)])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from distill import matching
+from distill import distillation, matching
 from distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from distill.config import CONFIGS
 from distill.documents import read_yaml, validated
@@ -38,11 +38,13 @@ class Linear(nn.Module):
 
     def __init__(self, places: list[tuple[float, float]]) -> None:
         super().__init__()
-        self.places = torch.tensor(places, dtype=torch.float64)  # of each place the time, and what `steps` is there
+        self.places = torch.tensor(
+            places, dtype=torch.float64
+        )  # of each place the time, and what `log2_steps` is there
         self.line = nn.Parameter(torch.zeros(2, len(places), dtype=torch.float64))
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, steps: Tensor | None = None) -> Tensor:
-        place = torch.stack([t, torch.zeros_like(t) if steps is None else steps], 1)
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor, log2_steps: Tensor | None = None) -> Tensor:
+        place = torch.stack([t, torch.zeros_like(t) if log2_steps is None else log2_steps], 1)
         number = torch.cdist(place, self.places).argmin(1)
         assert torch.allclose(self.places[number], place)
         return column(self.line[0, number], x) * x + column(self.line[1, number], x)
@@ -62,7 +64,7 @@ class Gaussian(nn.Module):
 @pytest.fixture
 def gaussian(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Matching]:
     """`gaussian(**settings)`: the method with the exact model of a Gaussian, and many steps of it, as its teacher."""
-    monkeypatch.setattr(matching, "load_checkpoint", lambda folder: Checkpoint(Gaussian(), COSINE, "v", {}))  # type: ignore[arg-type]
+    monkeypatch.setattr(distillation, "load_checkpoint", lambda folder: Checkpoint(Gaussian(), COSINE, "v", {}))  # type: ignore[arg-type]
     fine = {"dtype": "fp32", "norm": "l2", "substeps": 4}
     return lambda **settings: Matching(MatchingConfig(teacher="gaussian", **{**fine, **settings}))
 
@@ -83,7 +85,7 @@ def trained(method: Matching) -> Linear:
     """
     method.begin(0, None, torch.device("cpu"))
     counts = method.config.steps
-    told = {n: dict(method._told(n)).get("steps", 0.0) for n in counts}
+    told = {n: dict(method._told(n)).get("log2_steps", 0.0) for n in counts}
     student = Linear([(t, told[n]) for n in counts for t in method.nodes(n)[:-1]])
     batches, line = [batch_of(method, n) for n in counts], student.line
     for _ in range(max(counts)):
@@ -313,7 +315,7 @@ def test_settings_that_do_not_fit_the_teacher_are_refused(
 def test_an_epsilon_teacher_without_x0_at_the_start_is_refused(
     schedule: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matching, "load_checkpoint", lambda folder: Checkpoint(Gaussian(), schedule, "eps", {}))  # type: ignore[arg-type]
+    monkeypatch.setattr(distillation, "load_checkpoint", lambda folder: Checkpoint(Gaussian(), schedule, "eps", {}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"predicts='eps' gives no x0 at t=\d+, where alpha=0"):
         Matching(MatchingConfig(teacher="eps", grid="uniform"))
 
@@ -376,7 +378,7 @@ def test_a_student_begins_as_its_teacher_at_every_step_count(teacher: Path) -> N
     method, trained = Matching(MatchingConfig(teacher=str(teacher), **RUN)), load_checkpoint(teacher).network
     network, x, t = method.network(), torch.randn(4, 1, 8, 8), torch.rand(4)
     for steps in (2, 3):
-        got = network(x, t, torch.arange(4), steps=torch.full((4,), math.log2(steps)))
+        got = network(x, t, torch.arange(4), log2_steps=torch.full((4,), math.log2(steps)))
         torch.testing.assert_close(got, trained(x, t, torch.arange(4)))
     single = Matching(MatchingConfig(teacher=str(teacher), **{**RUN, "steps": (2,)})).network()
     assert single.arguments == trained.arguments
@@ -388,7 +390,7 @@ def test_a_run_leaves_a_student_that_says_how_it_samples(finished: Path) -> None
     assert student.info["student"] == {
         "method": "matching",
         "steps": [2, 3],
-        "scalars": {"2": {"steps": 1.0}, "3": {"steps": math.log2(3)}},
+        "scalars": {"2": {"log2_steps": 1.0}, "3": {"log2_steps": math.log2(3)}},
     }
     model, x = EpsModel(student.network, student.schedule, student.predicts), torch.randn(2, 1, 8, 8)
     for steps, plan in student.plans.items():
@@ -398,7 +400,7 @@ def test_a_run_leaves_a_student_that_says_how_it_samples(finished: Path) -> None
 
 def test_a_student_of_several_step_counts_learns_to_tell_them_apart(finished: Path) -> None:
     network, x, t = load_checkpoint(finished / "model").network, torch.randn(4, 1, 8, 8), torch.rand(4)
-    two, three = (network(x, t, steps=torch.full((4,), math.log2(steps))) for steps in (2, 3))
+    two, three = (network(x, t, log2_steps=torch.full((4,), math.log2(steps))) for steps in (2, 3))
     assert (two - three).abs().max() > 1e-4
 
 
@@ -446,7 +448,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_parts(teacher: Path) -> None:
 def test_a_teacher_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         Matching(MatchingConfig(teacher=str(tmp_path / "none")))
-    network = PatchUNet(size=8, widths=(8, 8), classes=3, scalars=("guidance",))
+    network = PatchUNet(size=8, widths=(16, 16), classes=3, scalars=("guidance",))
     save_checkpoint(tmp_path, Checkpoint(network.eval(), COSINE, "v", {}))
     with pytest.raises(CheckpointError, match="takes guidance beside state, time and label"):
         Matching(MatchingConfig(teacher=str(tmp_path)))

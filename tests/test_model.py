@@ -177,3 +177,9 @@ def test_bad_output(net, error, message, t):
 def test_bad_time_shape(shape):
     with pytest.raises(ValueError, match=r"t must be a float or of shape \(2,\), got"):
         EpsModel(lambda x, t: x, VP)(torch.ones(2, 3), torch.full(shape, 0.5))
+
+
+def test_an_edm_network_is_never_asked_at_pure_noise(exact):
+    model = exact(schedules.flow(), "edm")
+    with pytest.raises(ValueError, match=r"takes log\(sigma / alpha\), which is infinite at t=1"):
+        model.affine("x0", 1.0, 0.0, 1.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill import progressive
+from distill import distillation, progressive
 from distill.checkpoint import Checkpoint
 from distill.documents import validated
 from distill.method import Batch, column
@@ -64,7 +64,7 @@ def test_one_step_to_the_target_is_two_steps_of_the_teacher(
 class Linear(nn.Module):
     """v = a x + b with a and b for each time: what a network of any size is for data from a Gaussian."""
 
-    shape, classes = (1,), 0
+    shape, classes, scalars = (1,), 0, ()
 
     def __init__(self, times: np.ndarray) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Linear(nn.Module):
 class Gaussian(nn.Module):
     """v of x_t where x_0 ~ N(MEAN, STD^2): E[x_0 | x] is a regression line."""
 
-    shape, classes = (1,), 0
+    shape, classes, scalars = (1,), 0, ()
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
         alpha, sigma = column(COSINE.alpha(t), x), column(COSINE.sigma(t), x)
@@ -94,7 +94,7 @@ def posterior_mean(x: Any, alpha: Any, sigma: Any) -> Any:
 @pytest.fixture
 def gaussian(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Progressive]:
     """`gaussian(**settings)`: the method with the exact model of a Gaussian as its teacher."""
-    monkeypatch.setattr(progressive, "load_checkpoint", lambda folder: Checkpoint(Gaussian(), COSINE, "v", {}))  # type: ignore[arg-type]
+    monkeypatch.setattr(distillation, "load_checkpoint", lambda folder: Checkpoint(Gaussian(), COSINE, "v", {}))  # type: ignore[arg-type]
     return lambda **settings: Progressive(ProgressiveConfig(teacher="gaussian", dtype="fp32", **settings))
 
 
@@ -238,7 +238,7 @@ def test_only_one_teacher_step_misses_the_closed_form(
 class Curved(nn.Module):
     """A network that is not linear, whose labels matter."""
 
-    shape, classes = (2,), 3
+    shape, classes, scalars = (2,), 3, ()
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
         return torch.tanh(1.3 * x) * column(1 + t, x) + column(0.2 * class_labels.to(x.dtype), x)
@@ -247,7 +247,7 @@ class Curved(nn.Module):
 @pytest.mark.parametrize("weight", ["truncated_snr", "snr_plus_one"])
 @pytest.mark.parametrize("phase", [0, 1])
 def test_the_loss_is_the_papers(phase: int, weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progressive, "load_checkpoint", lambda folder: Checkpoint(Curved(), COSINE, "v", {}))  # type: ignore[arg-type]
+    monkeypatch.setattr(distillation, "load_checkpoint", lambda folder: Checkpoint(Curved(), COSINE, "v", {}))  # type: ignore[arg-type]
     method = Progressive(ProgressiveConfig(teacher="curved", dtype="fp32", steps=(4, 2), substeps=3, weight=weight))
     before = Checkpoint(Curved(), COSINE, "v", {}) if phase else None  # type: ignore[arg-type]
     method.begin(phase, before, torch.device("cpu"))
@@ -281,8 +281,8 @@ def test_the_exact_student_of_fine_steps_has_almost_no_loss_on_any_schedule(
     predicts: str, schedule: Schedule, exact: Callable[..., EpsModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net: Any = nn.Module()
-    net.forward, net.classes = lambda x, t, class_labels: exact(schedule, predicts).net(x, t), 0
-    monkeypatch.setattr(progressive, "load_checkpoint", lambda folder: Checkpoint(net, schedule, predicts, {}))
+    net.forward, net.classes, net.scalars = lambda x, t, class_labels: exact(schedule, predicts).net(x, t), 0, ()
+    monkeypatch.setattr(distillation, "load_checkpoint", lambda folder: Checkpoint(net, schedule, predicts, {}))
     grid = "karras" if schedule.name == "edm" else "sgm"
     losses = []
     for steps in (16, 128):

@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny network with weights that matter, saved as a teacher."""
     torch.manual_seed(0)
-    network = PatchUNet(size=8, widths=[8, 8], classes=3)
+    network = PatchUNet(size=8, widths=[16, 16], classes=3)
     nn.init.normal_(network.unet.conv_out.weight, std=0.1)
     folder = tmp_path_factory.mktemp("teacher")
     save_checkpoint(folder, Checkpoint(network.eval(), COSINE, "v", {}))
@@ -144,16 +144,23 @@ def test_a_student_starts_as_its_teacher(teacher: Path) -> None:
     assert method.network() is not method.teacher.network
 
 
-def test_the_teacher_is_in_evaluation_mode_and_learns_nothing(teacher: Path) -> None:
+def test_the_teacher_is_in_evaluation_mode_and_learns_nothing(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = Progressive(settings(teacher))
-    student = method.network().train()
+    student, modes, forward = method.network().train(), [], PatchUNet.forward
+
+    def recording(self: PatchUNet, *args: Any, **cond: Any) -> Tensor:
+        modes.append((self is student, self.training, torch.is_grad_enabled()))
+        return forward(self, *args, **cond)
+
+    monkeypatch.setattr(PatchUNet, "forward", recording)
     method.teacher.network.train()
     method.begin(0, None, torch.device("cpu"))
-    assert not any(module.training for module in method.teacher.network.modules())
+    before = {name: value.clone() for name, value in method.teacher.network.state_dict().items()}
     x0 = torch.rand(16, 1, 8, 8)
     batch = method.draw(x0, torch.zeros(16).long(), torch.Generator().manual_seed(0), 0)
     method.loss(student, batch, 0).backward()
-    assert all(p.grad is None for p in method.teacher.network.parameters())
+    assert modes == [(False, False, False)] * 2 + [(True, True, True)]
+    assert all(torch.equal(value, before[name]) for name, value in method.teacher.network.state_dict().items())
     assert all(p.grad is not None for p in student.parameters())
 
 
@@ -175,6 +182,26 @@ def test_a_teacher_of_epsilon_is_refused(teacher: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, Checkpoint(load_checkpoint(teacher).network, COSINE, "eps", {}))
     with pytest.raises(CheckpointError, match="predicts 'eps': a student of few steps needs x0 where alpha is near 0"):
         Progressive(settings(tmp_path))
+
+
+def test_a_teacher_of_other_weights_is_another_run_and_another_folder_is_not(teacher: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(teacher)
+    save_checkpoint(tmp_path / "moved", checkpoint)
+    run = tmp_path / "run"
+    Trainer(Progressive(settings(teacher)), run).run(*data(), quiet=True, minutes=0.0)
+    assert Trainer(Progressive(settings(tmp_path / "moved")), run).step > 0
+    with torch.no_grad():
+        next(checkpoint.network.parameters()).add_(1.0)
+    save_checkpoint(tmp_path / "moved", checkpoint)
+    with pytest.raises(CheckpointError, match="is another run: the weights of its teacher had the hash"):
+        Trainer(Progressive(settings(tmp_path / "moved")), run)
+
+
+def test_a_student_that_takes_more_is_no_teacher(tmp_path: Path) -> None:
+    network = PatchUNet(size=8, widths=[16, 16], classes=3, scalars=["guidance"])
+    save_checkpoint(tmp_path / "guided", Checkpoint(network, COSINE, "v", {}))
+    with pytest.raises(CheckpointError, match="takes guidance beside state, time and label"):
+        Progressive(settings(tmp_path / "guided"))
 
 
 def test_a_teacher_that_is_not_there_is_an_error(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ COSINE = schedules.cosine()
 
 def network(**changes: Any) -> PatchUNet:
     torch.manual_seed(0)
-    made = PatchUNet(**{"size": 8, "widths": [8, 8], "classes": 3, **changes})
+    made = PatchUNet(**{"size": 8, "widths": [16, 16], "classes": 3, **changes})
     nn.init.normal_(made.unet.conv_out.weight, std=0.1)
     for name, value in made.named_parameters():
         if "scalars" in name:

@@ -240,6 +240,9 @@ def test_the_weight_of_a_guided_student_reaches_its_network(teacher: BenchModel,
     assert at(whole, "default")[2]["value"] == values["w3"]
     with pytest.raises(ValueError, match="guidance must be in the range .* 0 to 4, got 5"):
         resolve(suite_of("teacher", {**rows[0], "guidance": 5.0}), teacher, "cpu")
+    with pytest.raises(ValueError, match="guidance must be in the range .* 0 to 4, got 6"):
+        resolve(suite.changed(["default"], guidance=6.0), teacher, "cpu")
+    assert "- Guidance weight: w0 0, w3 3, default 0." in markdown(found, 0.0, "t")
 
 
 def test_guidance_that_no_network_takes_is_refused(folders: Path, teacher: BenchModel) -> None:

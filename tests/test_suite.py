@@ -77,7 +77,7 @@ def test_students_are_added_before_the_chosen_rows(tmp_path):
     assert [spec.label for spec in suite.changed((), [added]).samplers] == ["mine", "ddim", "euler-vp"]
     assert [spec.label for spec in suite.changed(["euler-vp"], [added]).samplers] == ["mine", "euler-vp"]
     assert [spec.label for spec in suite.changed(["mine"], [added]).samplers] == ["mine"]
-    with pytest.raises(ValueError, match="label 'ddim' stands for two rows"):
+    with pytest.raises(ValueError, match="label 'ddim' of a student is also that of a sampler"):
         suite.changed((), [StudentSpec(student="runs/x", label="ddim")])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,21 @@ def test_a_new_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) ->
     resumed = trainer(tmp_path / "new", images=32, init=None)  # a run that goes on keeps its own weights
     assert resumed.step == 2
     assert not torch.equal(resumed.weights.averaged().unet.conv_in.weight, trained["unet.conv_in.weight"])
+
+
+def test_a_run_that_goes_on_does_not_need_what_it_began_with(tmp_path: Path) -> None:
+    trainer(tmp_path / "first", images=32).run(*data(), quiet=True)
+    init = str(tmp_path / "first/model")
+    trainer(tmp_path / "new", images=32, init=init).run(*data(), quiet=True)
+    shutil.rmtree(init)
+    assert trainer(tmp_path / "new", images=32, init=init).step == 2
+
+
+@pytest.mark.parametrize("changes", [{"predicts": "eps"}, {"schedule": {"name": "vp_linear"}}], ids=str)
+def test_weights_that_predict_something_else_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    trainer(tmp_path / "first", images=32).run(*data(), quiet=True)
+    with pytest.raises(CheckpointError, match=f"does not fit: {next(iter(changes))} is"):
+        trainer(tmp_path / "new", init=str(tmp_path / "first/model"), **changes)
 
 
 def test_a_run_may_begin_with_a_narrower_network_of_the_same_layout(tmp_path: Path) -> None:

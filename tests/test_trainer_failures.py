@@ -291,7 +291,9 @@ def test_a_rollback_in_a_later_phase_begins_that_phase_again(tmp_path: Path) -> 
     spoil(run, 5, math.nan, times=1)
     run.run(*data(), quiet=True)
     assert [number for number, _ in method.begun] == [0, 1, 1]
-    assert [row["learning_rate"] for row in curve(tmp_path)] == pytest.approx([1e-3, 1e-3, 1e-3, 2e-3, 1e-3])
+    assert [row["learning_rate"] for row in curve(tmp_path)] == pytest.approx([1e-3, 1e-3, 1e-3, 4e-3, 2e-3]), (
+        "the phase after it begins with the whole rate"
+    )
 
 
 # a full disk ---------------------------------------------------------------------------------------------------------

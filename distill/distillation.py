@@ -1,0 +1,86 @@
+"""What every way of distilling shares: the teacher, and the settings of the path that it shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+from torch import nn
+
+from distill.checkpoint import CheckpointError, content_hash, load_checkpoint
+from distill.config import Training
+from distill.method import Method, as_model
+from distill.rows import Stretches
+from samplers import EpsModel, Plan
+from samplers.grid import points_of
+from samplers.registry import get_sampler
+
+
+class DistillationConfig(Training):
+    """What every distillation is told.
+
+    Attributes:
+        teacher: folder of its checkpoint. Its network, schedule and prediction are the student's. It is known by its weights:
+            between two starts of one run the folder may move, but not change.
+        sampler, options: what takes the teacher along its path, a deterministic sampler with a plan.
+        drop_label: probability with which a label is replaced by the null class, so that a student can be guided, in [0, 1].
+    """
+
+    may_change = Training.may_change | {"teacher"}
+
+    teacher: str
+    sampler: str = "ddim"
+    options: dict[str, Any] = Field(default_factory=dict)
+    grid: str = "sgm"
+    drop_label: float = Field(default=0.1, ge=0, le=1)
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, value: str) -> str:
+        return get_sampler(value).name
+
+    @field_validator("grid")
+    @classmethod
+    def _known_grid(cls, value: str) -> str:
+        points_of(value)
+        return value
+
+
+class Distillation(Method):
+    """A method with a teacher.
+
+    Attributes:
+        teacher: its checkpoint, on the CPU; its weights do not change.
+    """
+
+    def __init__(self, config: Any) -> None:
+        """Read the teacher.
+
+        Raises:
+            CheckpointError: it cannot be read, or takes further inputs, as students may.
+        """
+        super().__init__(config)
+        self.teacher = load_checkpoint(config.teacher)
+        network = self.teacher.network.requires_grad_(False)
+        if network.scalars:
+            raise CheckpointError(
+                f"teacher {config.teacher} takes {', '.join(network.scalars)} beside state, time and label; give one that "
+                "does not"
+            )
+        self.schedule = self.teacher.schedule
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The teacher's weights."""
+        return {"teacher": content_hash(self.teacher.network.state_dict())}
+
+    def model(self, network: nn.Module) -> EpsModel:
+        """A network as an epsilon-model that computes in the run's dtype."""
+        return as_model(network, self.schedule, self.teacher.predicts, self.config.autocast)
+
+    def check_calls(self, *taught: Stretches, plans: tuple[Plan, ...] = ()) -> None:
+        """Raise ValueError where what a plan takes does not follow from the teacher's prediction."""
+        model = self.model(self.teacher.network)
+        for plan in (*plans, *(plan for stretches in taught for plan in stretches.plans)):
+            for call in plan.calls:
+                model.affine(call.kind, call.t, call.alpha, call.sigma)
