@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ class Stretches:
         self.plans = [entry.plan(Grid(schedule, np.array(nodes, dtype=np.float64)), **options) for nodes in times]
         if entry.stochastic == "yes" or any(plan.stochastic for plan in self.plans):
             raise ValueError(f"sampler must be deterministic, {sampler!r} with options {options} is not")
-        self._groups = _alike(self.plans)
+        self._tables: dict[torch.device, list[_Group]] = {}
 
     @property
     def calls(self) -> float:
@@ -48,7 +49,7 @@ class Stretches:
 
     @torch.no_grad()
     def run(self, model: EpsModel, x: Tensor, place: Tensor, cond: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The states at the end of each row's stretch, of x's shape and dtype.
+        """The states at the end of each row's stretch, of x's shape and dtype, without gradient.
 
         Args:
             model: called once for all rows of plans with the same instructions.
@@ -56,47 +57,71 @@ class Stretches:
             place: (B,) int64, the number of each row's stretch.
             cond: tensors with a row for each sample, passed to every model call.
         """
+        if x.device not in self._tables:  # made once, so that no number is copied to the device in a step
+            self._tables[x.device] = [_Group(members, self.plans, x.device) for members in _alike(self.plans)]
+        groups = self._tables[x.device]
+        if len(groups) == 1:
+            return groups[0].run(model, x, place, cond or {})
         result = torch.empty_like(x)
-        for members in self._groups:
-            table = torch.full((len(self.plans),), -1, device=x.device)
-            table[members] = torch.arange(len(members), device=x.device)
-            rows = (table[place] >= 0).nonzero().squeeze(1)
+        for group in groups:
+            number = group.number[place]
+            rows = (number >= 0).nonzero().squeeze(1)
             if len(rows):
                 part = {name: value[rows] for name, value in (cond or {}).items()}
-                plans = [self.plans[member] for member in members]
-                result[rows] = _run(plans, model, x[rows], table[place[rows]], part)
+                result[rows] = group.run(model, x[rows], number[rows], part)
         return result
 
 
-def _run(plans: Sequence[Plan], model: EpsModel, x: Tensor, index: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """Plans of the same instructions, row i with the numbers of plan `index[i]`."""
+class _Group:
+    """Plans of the same instructions, with their numbers as tables on a device.
 
-    def numbers(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=x.device)[index]
+    Attributes:
+        number: (N,) int64, for each of all stretches its row in the tables, -1 for one of another group.
+    """
 
-    values = {START: x}
-    for steps in zip(*(plan.instructions for plan in plans), strict=True):
-        first = steps[0]
-        if isinstance(first, Evaluate):
-            predict = model.eps if first.kind == "eps" else model.x0
-            values[first.dst] = predict(values[first.src], numbers([step.t for step in steps]), **cond)
-            continue
-        total = torch.zeros_like(x)
-        for j, (name, _) in enumerate(first.terms):
-            total += column(numbers([step.terms[j][1] for step in steps]), x).to(x.dtype) * values[name]
-        values[first.dst] = total
-    return values[plans[0].instructions[-1].dst]
+    def __init__(self, members: list[int], plans: Sequence[Plan], device: torch.device) -> None:
+        self.instructions = plans[members[0]].instructions
+        self.number = torch.full((len(plans),), -1, device=device)
+        self.number[members] = torch.arange(len(members), device=device)
+        rows = zip(*(plans[member].instructions for member in members), strict=True)
+        self.tables = [torch.tensor([_numbers(step) for step in row], dtype=torch.float64).T.to(device) for row in rows]
+        last = {name: i for i, step in enumerate(self.instructions) for name in _names(step)}
+        self.over = [
+            [name for name in set(_names(step)) if last[name] == i] for i, step in enumerate(self.instructions)
+        ]
+
+    def run(self, model: EpsModel, x: Tensor, index: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """Row i with the numbers of the plan at `index[i]`; a value is let go after its last use."""
+        values = {START: x}
+        for step, table, over in zip(self.instructions, self.tables, self.over, strict=True):
+            numbers = table[:, index]
+            if isinstance(step, Evaluate):
+                predict = model.eps if step.kind == "eps" else model.x0
+                result = predict(values[step.src], numbers[0], **cond)
+            else:
+                factors = [column(row, x).to(x.dtype) for row in numbers]
+                parts = (f * values[name] for f, (name, _) in zip(factors, step.terms, strict=True))
+                result = functools.reduce(torch.Tensor.add_, parts)
+            for name in over:
+                del values[name]
+            values[step.dst] = result
+        return values[self.instructions[-1].dst]
+
+
+def _numbers(step: Instruction) -> list[float]:
+    """The time of a call, the coefficients of a sum."""
+    return [step.t] if isinstance(step, Evaluate) else [coefficient for _, coefficient in step.terms]
+
+
+def _names(step: Instruction) -> list[str]:
+    """The values that an instruction uses."""
+    return [step.src] if isinstance(step, Evaluate) else [name for name, _ in step.terms]
 
 
 def _alike(plans: Sequence[Plan]) -> list[list[int]]:
     """The numbers of the plans, grouped by instructions that differ in numbers alone."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, plan in enumerate(plans):
-        groups.setdefault(tuple(_shape(step) for step in plan.instructions), []).append(number)
+        shape = tuple((step.dst, getattr(step, "kind", ""), *_names(step)) for step in plan.instructions)
+        groups.setdefault(shape, []).append(number)
     return list(groups.values())
-
-
-def _shape(step: Instruction) -> tuple[Any, ...]:
-    if isinstance(step, Evaluate):
-        return step.dst, step.src, step.kind
-    return step.dst, *(name for name, _ in step.terms)
