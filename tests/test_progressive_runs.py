@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_teacher import data, one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
@@ -30,15 +29,6 @@ COSINE = schedules.cosine()
 # runs ------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The order of a sum, and with it the last bit, depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny network with weights that matter, saved as a teacher."""
@@ -48,13 +38,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     save_checkpoint(folder, Checkpoint(network.eval(), COSINE, "v", {}))
     return folder
-
-
-def data() -> tuple[Tensor, Tensor]:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 60)
-    images = 60 + 60 * labels[:, None, None, None] + rng.integers(0, 10, (60, 1, 8, 8))
-    return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels)
 
 
 def settings(teacher: Path, **changes: Any) -> ProgressiveConfig:
