@@ -34,8 +34,9 @@ from bench.report import write_results
 from bench.run import run_suite
 from bench.suite import load_suite
 from bench.table import terminal
-from bench.zoo import FEATURES, MOMENTS, default_dtype, load_model
+from bench.zoo import FEATURES, MOMENTS, load_model
 from distill.checkpoint import load_checkpoint, save_checkpoint
+from distill.config import default_dtype
 from distill.methods import load_config, make_method
 from distill.trainer import Trainer, TrainingError
 

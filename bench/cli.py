@@ -75,7 +75,8 @@ def _measure(suite: Any, folder: Path, device: str, dtype: str) -> None:
     from bench.report import write_results
     from bench.run import run_suite
     from bench.table import terminal
-    from bench.zoo import default_dtype, load_model
+    from bench.zoo import load_model
+    from distill.config import default_dtype
 
     device = checked_device(device)
     dtype = default_dtype(device) if dtype == "auto" else dtype

@@ -11,8 +11,9 @@ from torch import Tensor
 from bench.metrics import Moments, frechet_distance
 from bench.plots import save_samples
 from bench.students import inputs_of, run_student
-from bench.zoo import DIGITS, Network, default_dtype, digit_judge, on_device
+from bench.zoo import DIGITS, Network, digit_judge, on_device
 from distill.checkpoint import Checkpoint
+from distill.config import default_dtype
 from samplers import Plan, make_plan
 
 _CALLS = 20  # of a teacher's pictures

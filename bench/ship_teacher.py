@@ -18,8 +18,9 @@ import torch
 from bench.data import load_images
 from bench.features import load_extractor
 from bench.metrics import frechet_interval
-from bench.zoo import TEACHER, BenchModel, default_dtype, load_model
+from bench.zoo import TEACHER, BenchModel, load_model
 from distill.checkpoint import load_checkpoint, save_checkpoint
+from distill.config import default_dtype
 from samplers import sample
 
 COUNT = 1000

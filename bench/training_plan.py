@@ -51,7 +51,7 @@ def plan_training(method: Method, seconds: float) -> list[PhasePlan]:
 
 def seconds_per_step(method: Method, device: torch.device) -> float:
     """Measured on a few steps of the first phase on random images; nothing is kept, and nothing is compiled."""
-    config = method.config
+    config = method.config = method.config.on(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = method.network().to(device).train()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
@@ -18,11 +17,11 @@ from bench.features import ASSETS, FeatureExtractor, content_hash, load_extracto
 from bench.metrics import FrechetReference, Moments, frechet_distance
 from bench.mixture import GaussianMixture
 from distill.checkpoint import Checkpoint, load_checkpoint
+from distill.config import DTYPES
 from distill.network import PatchUNet
 from samplers import EpsModel, Plan, schedules
 from samplers.errors import unknown
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TEACHER = ASSETS / "mnist-teacher"
 DIGITS = (1, 28, 28)
 FEATURES, MOMENTS = "features", "statistics"  # folders of a judge
@@ -123,15 +122,6 @@ def load_model(name: str, device: str = "cpu", dtype: str = "fp32", judge: str |
     raise unknown("model", name, (*_ZOO, "a checkpoint folder"))
 
 
-def default_dtype(device: str) -> str:
-    """The faster dtype that leaves distances unchanged: bf16 where the hardware multiplies it natively, else fp32."""
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if platform.system() == "Linux" and cpuinfo.exists() else ""
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
-
-
 def _mnist(device: str, dtype: str) -> BenchModel:
     return _from_folder("mnist", TEACHER, device, dtype, None)
 
@@ -154,7 +144,9 @@ def _from_folder(name: str, folder: Path, device: str, dtype: str, judge: str | 
 def on_device(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Network:
     """A copy of a checkpoint's network on a device, in a dtype of `DTYPES`."""
     digest = content_hash(checkpoint.network.state_dict())
-    network = copy.deepcopy(checkpoint.network).to(device, DTYPES[dtype])
+    # Convolutions follow the layout of their weights; this one takes two thirds of the time on a processor.
+    layout: Any = {"dtype": DTYPES[dtype], "memory_format": torch.channels_last}
+    network = copy.deepcopy(checkpoint.network).to(device, **layout)
     model = EpsModel(partial(_in_dtype, network, DTYPES[dtype]), checkpoint.schedule, predicts=checkpoint.predicts)
     trained: dict[str, Any] = {"plans": checkpoint.plans, "scalars": network.scalars, "info": checkpoint.info}
     return Network(name, digest, model, network.shape, network.classes, dtype, **trained)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import yaml
@@ -13,6 +14,19 @@ from distill.documents import Strict
 
 CONFIGS = Path(__file__).parent / "configs"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_Run = TypeVar("_Run", bound="Training")
+
+
+def default_dtype(device: str | torch.device) -> str:
+    """The faster dtype of a network: "bf16" where the hardware multiplies it natively, else "fp32".
+
+    Elsewhere bf16 is emulated: on a processor with AVX2 alone a convolution takes ten times as long as in float32.
+    """
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if platform.system() == "Linux" and cpuinfo.exists() else ""
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
 class Training(Strict):
@@ -27,7 +41,7 @@ class Training(Strict):
         weight_decay: of AdamW.
         grad_clip: largest norm of the gradient.
         ema_half_lives: of the averages of the weights; the first one is judged and shipped, all are saved.
-        dtype: "bf16" (autocast) or "fp32".
+        dtype: "bf16" (autocast), "fp32", or "auto" for `default_dtype` of the device a run begins on.
         mirror: whether half of the images of each batch are mirrored, which suits most photographs and no writing.
         compile: whether `torch.compile` compiles the network that is trained; a teacher is not compiled.
         seed: in [0, 2^31), of the first weights and of every batch.
@@ -49,7 +63,7 @@ class Training(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
     ema_half_lives: tuple[int, ...] = Field(default=(50_000,), min_length=1)
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
     mirror: bool = False
     compile: bool = False
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -74,9 +88,19 @@ class Training(Strict):
                 raise ValueError(f"{name} must be a multiple of log_every={self.log_every}, got {getattr(self, name)}")
         return self
 
+    def on(self: _Run, device: str | torch.device) -> _Run:
+        """These settings with the dtype for a device in place of "auto"."""
+        return self if self.dtype != "auto" else self.model_copy(update={"dtype": default_dtype(device)})
+
     @property
     def autocast(self) -> torch.dtype:
-        """The dtype that networks compute in."""
+        """The dtype that networks compute in.
+
+        Raises:
+            ValueError: it is not known before the device is; see `on`.
+        """
+        if self.dtype == "auto":
+            raise ValueError("dtype='auto' stands for no dtype until a device is given; call on(device)")
         return DTYPES[self.dtype]
 
     def document(self) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from pydantic import Field, field_validator
 from torch import nn
 
@@ -78,9 +80,14 @@ class Distillation(Method):
         """A network as an epsilon-model that computes in the run's dtype."""
         return as_model(network, self.schedule, self.teacher.predicts, self.config.autocast)
 
+    def teaching(self, network: nn.Module, device: torch.device) -> EpsModel:
+        """A frozen copy of a network on a device, as the epsilon-model that shows the path."""
+        frozen = copy.deepcopy(network).eval().requires_grad_(False)
+        return self.model(frozen.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
+
     def check_calls(self, *taught: Stretches, plans: tuple[Plan, ...] = ()) -> None:
         """Raise ValueError where what a plan takes does not follow from the teacher's prediction."""
-        model = self.model(self.teacher.network)
+        model = EpsModel(self.teacher.network, self.schedule, self.teacher.predicts)
         for plan in (*plans, *(plan for stretches in taught for plan in stretches.plans)):
             for call in plan.calls:
                 model.affine(call.kind, call.t, call.alpha, call.sigma)

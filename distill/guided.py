@@ -6,7 +6,6 @@ Meng et al. 2023, arXiv:2210.03142. Stage one (section 3.1) folds the two calls 
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, Literal
 
@@ -72,7 +71,7 @@ class Guided(Progressive):
     def begin(self, phase: int, before: Checkpoint | None, device: torch.device) -> None:
         """In stage one the teacher is the teacher, later the averaged network of the phase before."""
         if phase == 0:
-            self._teaching = self.model(copy.deepcopy(self.teacher.network).to(device).eval())
+            self._teaching = self.teaching(self.teacher.network, device)
         else:
             super().begin(phase - 1, before, device)
 

@@ -6,7 +6,6 @@ trained, from states that the student itself reaches, and no images are needed.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -158,7 +157,7 @@ class Matching(Distillation):
 
     def begin(self, phase: int, before: Checkpoint | None, device: torch.device) -> None:
         """Put the teacher on the device."""
-        self._teaching = self.model(copy.deepcopy(self.teacher.network).to(device).eval())
+        self._teaching = self.teaching(self.teacher.network, device)
 
     def draw(self, x0: Tensor, labels: Tensor, generator: torch.Generator, phase: int) -> Batch:
         """Start noise, labels, and the student's times (B, N + 1), whose shape tells the N of the batch."""

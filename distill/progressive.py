@@ -116,7 +116,7 @@ class Progressive(Distillation):
     def begin(self, phase: int, before: Checkpoint | None, device: torch.device) -> None:
         """Take the averaged student of the phase before as the teacher."""
         teacher = self.teacher if before is None else before
-        self._teaching = self.model(copy.deepcopy(teacher.network).to(device).eval())
+        self._teaching = self.teaching(teacher.network, device)
         self._stretches = self.stretches(phase)
         grid = Grid(self.schedule, self.nodes(self.config.steps[phase]))
         self._nodes = torch.tensor(np.stack([grid.t, grid.alpha, grid.sigma]), device=device)

@@ -72,11 +72,12 @@ class Trainer:
 
         if device not in ("cpu", "auto"):
             raise unknown("device", device, ("cpu", "auto"))
-        config = self.config = method.config
+        config = method.config
         tracker = _tensorboard() if config.tensorboard else None
         self.accelerator = Accelerator(
             cpu=device == "cpu", mixed_precision="no", log_with=tracker, project_dir=str(folder)
         )  # the method casts, as `dtype` says
+        config = self.config = method.config = config.on(self.accelerator.device)
         self.method, self.evaluate, self.console = method, evaluate, Console()
         self.folder = RunFolder(Path(folder), config, self._tell, method.identity)
         self._check_division()

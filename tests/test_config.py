@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from distill.config import CONFIGS, Training
+from distill.config import CONFIGS, Training, default_dtype
 from distill.methods import METHODS, config_names, load_config, make_method
 from distill.teacher import Teacher, TeacherConfig
 
@@ -19,7 +20,7 @@ from distill.teacher import Teacher, TeacherConfig
     ("changes", "message"),
     [
         ({"predicts": "x0"}, "predicts: Input should be 'eps' or 'v', got 'x0'"),
-        ({"dtype": "fp16"}, "dtype: Input should be 'bf16' or 'fp32', got 'fp16'"),
+        ({"dtype": "fp16"}, "dtype: Input should be 'auto', 'bf16' or 'fp32', got 'fp16'"),
         ({"images": 0}, "images: .*greater than or equal to 1, got 0"),
         ({"images": 3.5}, r"images: .*integer.*got 3\.5"),
         ({"batch_size": -1}, "batch_size: .*got -1"),
@@ -116,5 +117,21 @@ def test_a_method_is_made_from_its_settings() -> None:
     method = make_method(TeacherConfig(images=128 * 7))
     assert isinstance(method, Teacher)
     assert [phase.steps(128) for phase in method.phases] == [7]
-    assert (TeacherConfig().autocast, TeacherConfig(dtype="fp32").autocast) == (torch.bfloat16, torch.float32)
     assert Training.may_change < TeacherConfig.may_change
+
+
+def test_the_dtype_of_a_run_follows_from_its_device_unless_it_is_given() -> None:
+    given = TeacherConfig(dtype="bf16")
+    assert given.on("cpu") is given
+    assert (given.autocast, TeacherConfig(dtype="fp32").autocast) == (torch.bfloat16, torch.float32)
+    assert TeacherConfig().on("cpu").dtype == default_dtype("cpu")
+    with pytest.raises(ValueError, match=r"dtype='auto' stands for no dtype until a device is given"):
+        _ = TeacherConfig().autocast
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [("fma avx2", "fp32"), ("avx512_bf16 avx2", "bf16"), ("amx_bf16", "bf16")])
+def test_a_processor_without_bf16_trains_in_fp32(flags: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags}")
+    assert default_dtype("cpu") == dtype

@@ -7,8 +7,9 @@ import torch
 
 from bench.metrics import frechet_distance
 from bench.ship_teacher import Verdict
-from bench.zoo import TEACHER, default_dtype, load_model
+from bench.zoo import TEACHER, load_model
 from distill.checkpoint import CheckpointError
+from distill.config import default_dtype
 from samplers import sample
 
 
