@@ -1,4 +1,4 @@
-"""Frechet distances against SciPy and closed forms; their intervals against finite differences and repeated draws."""
+"""Distances of Gaussian fits against SciPy and closed forms; intervals against finite differences and repeated draws."""
 
 import math
 
@@ -12,8 +12,11 @@ from bench.metrics import (
     Moments,
     _gradient_factor,
     frechet_distance,
+    frechet_infinity,
     frechet_interval,
     gaussian_frechet,
+    gaussian_kl,
+    metric_name,
 )
 from bench.mixture import GaussianMixture
 
@@ -35,7 +38,7 @@ def sqrtm_form(a: Moments, b: Moments) -> float:
     return float(shift @ shift + np.trace(a.covariance + b.covariance - 2 * root.real))
 
 
-@pytest.mark.parametrize("dim", [1, 2, 10, 60])
+@pytest.mark.parametrize("dim", [1, 2, 10, 60, 200])
 def test_distance_is_the_sqrtm_form(dim):
     a, b = random_moments(dim, 1), random_moments(dim, 2)
     assert frechet_distance(a, b) == pytest.approx(sqrtm_form(a, b), rel=1e-8)
@@ -68,21 +71,18 @@ def test_distance_of_singular_covariances(rank):
 def test_a_reference_is_its_moments():
     a, b = random_moments(12, 1), random_moments(12, 2)
     reference = FrechetReference(b)
-    np.testing.assert_allclose(reference.root @ reference.root, b.covariance, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(reference.root @ reference.root.T, b.covariance, rtol=1e-10, atol=1e-12)
     assert frechet_distance(a, reference) == frechet_distance(a, b)
     features = draws(a, 100, 0)
     assert frechet_interval(features, reference) == frechet_interval(features, b)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.uint8])
-def test_moments_of_samples(dtype, monkeypatch):
-    monkeypatch.setattr("bench.metrics._BLOCK", 16)
-    features = (np.random.default_rng(0).uniform(0, 200, (50, 4))).astype(dtype)
-    moments = Moments.of(features)
-    assert moments.count == 50
-    assert moments.mean.dtype == moments.covariance.dtype == np.float64
-    np.testing.assert_allclose(moments.mean, features.astype(np.float64).mean(0), rtol=1e-13)
-    np.testing.assert_allclose(moments.covariance, np.cov(features.astype(np.float64).T), rtol=1e-11)
+def test_root_of_a_singular_covariance():
+    """Where Cholesky's factor does not exist, another triangle with the same product."""
+    covariance = np.array([[1.0, 2.0, 0.0], [2.0, 4.0, 0.0], [0.0, 0.0, 0.0]])
+    root = FrechetReference(Moments(np.zeros(3), covariance, 0)).root
+    np.testing.assert_allclose(root @ root.T, covariance, atol=1e-14)
+    np.testing.assert_array_equal(root, np.tril(root))
 
 
 def test_gradient_in_the_covariance_is_that_of_finite_differences():
@@ -103,6 +103,46 @@ def test_standard_error_is_that_of_the_jackknife():
     left_out = [frechet_distance(Moments.of(np.delete(features, i, axis=0)), reference) for i in range(400)]
     jackknife = np.std(left_out) * math.sqrt(399)
     assert frechet_interval(features, reference).standard_error == pytest.approx(jackknife, rel=0.02)
+
+
+def test_features_in_single_precision_have_the_interval_of_double(monkeypatch):
+    """Products in single precision, in blocks, with a mean far from 0 and a direction that hardly varies."""
+    single = draws(random_moments(12, 1), 700, 0).astype(np.float32)
+    single[:, 0] = 5.0 + 1e-3 * single[:, 0]
+    single += 100.0
+    reference = FrechetReference(random_moments(12, 2))
+    expected = frechet_interval(single.astype(np.float64), reference)
+    monkeypatch.setattr("bench.moments._ELEMENTS", 12 * 64)
+    found = frechet_interval(single, reference)
+    assert found.value == pytest.approx(expected.value, rel=1e-11)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-5)
+
+
+class InBlocks:
+    """What reads its rows when they are asked for: a slice is all that it gives, and it notes the largest."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._rows, self.shape, self.dtype, self.largest = rows, rows.shape, rows.dtype, 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        assert isinstance(rows, slice)
+        self.largest = max(self.largest, len(self._rows[rows]))
+        return self._rows[rows]
+
+    def __array__(self, *_, **__):
+        raise AssertionError("read as a whole")
+
+
+@pytest.mark.parametrize("distance", [frechet_interval, frechet_infinity])
+def test_features_are_read_in_blocks_only(distance, monkeypatch):
+    monkeypatch.setattr("bench.moments._ELEMENTS", 3 * 16)
+    rows, reference = draws(random_moments(3, 1), 100, 0), random_moments(3, 2)
+    features = InBlocks(rows)
+    assert distance(features, reference) == distance(rows, reference)
+    assert features.largest == 16
 
 
 @pytest.mark.parametrize("mean", [0.0, 1.0])
@@ -126,6 +166,51 @@ def test_bias_is_upward_and_of_order_one_over_n():
     ]
     assert bias[1] > 0
     assert bias[0] / bias[1] == pytest.approx(4.0, rel=0.35)
+
+
+def test_infinity_is_without_bias_and_its_interval_covers():
+    """At 400 samples of 8 features the plain distance is off by more than its mean's error many times over."""
+    a = random_moments(8, 1)
+    reference = FrechetReference(random_moments(8, 2))
+    exact = frechet_distance(a, reference)
+    found = [frechet_infinity(draws(a, 400, seed), reference) for seed in range(300)]
+    plain = np.array([frechet_interval(draws(a, 400, seed), reference).value for seed in range(300)])
+    values = np.array([distance.value for distance in found])
+    # the two share their samples, so that the difference of the means is the bias, nearly without noise
+    bias_of_plain = (plain - values).mean()
+    assert bias_of_plain > 3 * (plain - values).std() / math.sqrt(300)
+    assert values.mean() == pytest.approx(exact, abs=2 * values.std() / math.sqrt(300))
+    assert np.mean([d.standard_error for d in found]) == pytest.approx(values.std(), rel=0.1)
+    assert np.mean([d.low <= exact <= d.high for d in found]) == pytest.approx(0.95, abs=0.03)
+
+
+def test_infinity_of_samples_of_the_reference_is_about_zero():
+    """Where the plain distance is bias alone, the line's end may fall below 0."""
+    a = random_moments(16, 1)
+    reference = FrechetReference(a)
+    found = np.array([frechet_infinity(draws(a, 800, seed), reference, seed=seed).value for seed in range(40)])
+    plain = frechet_interval(draws(a, 800, 0), reference).value
+    assert abs(found.mean()) < 0.15 * plain
+    assert found.min() < 0
+
+
+def test_infinity_is_of_its_seed():
+    features, reference = draws(random_moments(4, 1), 200, 0), random_moments(4, 2)
+    first = frechet_infinity(features, reference, seed=1)
+    assert first == frechet_infinity(features, reference, seed=1)
+    assert first.value != frechet_infinity(features, reference, seed=2).value
+    assert first.count == 200
+
+
+def test_line_to_zero_of_exact_points():
+    """Points on a line have no residuals; one off the line has the weighted fit that NumPy finds."""
+    from bench.metrics import _at_zero
+
+    x = np.array([0.1, 0.2, 0.4, 0.8])
+    assert _at_zero(np.column_stack([x, 3.0 + 5.0 * x])) == pytest.approx((3.0, 0.0), abs=1e-12)
+    y = 3.0 + 5.0 * x + np.array([0.0, 0.1, 0.0, -0.2])
+    (_, end), covariance = np.polyfit(x, y, 1, w=x**-0.5, cov=True)
+    assert _at_zero(np.column_stack([x, y])) == pytest.approx((end, covariance[1, 1] ** 0.5), rel=1e-10)
 
 
 def test_interval_widens_with_its_level():
@@ -170,7 +255,52 @@ def test_mixture_of_images():
     assert gaussian_frechet(mixture, 2 * samples) == pytest.approx(12.0, rel=0.05)
 
 
+def test_kl_of_diagonal_gaussians_and_of_equal_ones():
+    a = Moments(np.array([1.0, 2.0]), np.diag([4.0, 1.0]), 0)
+    b = Moments(np.array([0.0, 2.0]), np.diag([1.0, 9.0]), 0)
+    one = 0.5 * (4.0 + 1.0 - 1.0 - math.log(4.0))
+    two = 0.5 * (1.0 / 9.0 - 1.0 + math.log(9.0))
+    assert gaussian_kl(a, b) == pytest.approx(one + two, rel=1e-12)
+    c = random_moments(20, 3)
+    assert gaussian_kl(c, c) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_kl_is_the_mean_of_the_log_ratio():
+    from scipy.stats import multivariate_normal
+
+    a, b = random_moments(4, 1), random_moments(4, 2)
+    x = draws(a, 200_000, 0)
+    ratio = multivariate_normal(a.mean, a.covariance).logpdf(x) - multivariate_normal(b.mean, b.covariance).logpdf(x)
+    assert gaussian_kl(a, b) == pytest.approx(ratio.mean(), abs=4 * ratio.std() / math.sqrt(len(x)))
+
+
+def test_kl_does_not_know_units():
+    a, b = random_moments(5, 1), random_moments(5, 2)
+    scale = np.array([1.0, 10.0, 0.1, 3.0, 1e3])
+    scaled = [Moments(m.mean * scale, m.covariance * np.outer(scale, scale), 0) for m in (a, b)]
+    assert gaussian_kl(*scaled) == pytest.approx(gaussian_kl(a, b), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("extractor", "count", "name"),
+    [
+        ("inception", 50_000, "fid"),
+        ("inception", 60_000, "fid60k"),
+        ("inception", 49_999, "fid49999"),
+        ("inception", 10_000, "fid10k"),
+        ("inception", 5000, "fid5k"),
+        ("inception", 2500, "fid2500"),
+        ("inception", 500, "fid500"),
+        ("mnist_cnn", 50_000, "fd_mnist_cnn"),
+        ("dinov2", 5000, "fd_dinov2"),
+    ],
+)
+def test_name_of_a_distance(extractor, count, name):
+    assert metric_name(extractor, count) == name
+
+
 REFERENCE = random_moments(3, 2)
+SINGULAR = Moments(np.zeros(3), np.diag([1.0, 1.0, 0.0]), 2)
 
 
 def with_entry(value: float) -> np.ndarray:
@@ -191,6 +321,13 @@ def with_entry(value: float) -> np.ndarray:
         (lambda: frechet_interval(np.zeros((9, 4)), REFERENCE), "features must be 3 like the reference's, got 4"),
         (lambda: frechet_distance(random_moments(4, 1), REFERENCE), "features must be 3 like the reference's, got 4"),
         (lambda: frechet_interval(np.eye(3), REFERENCE, level=95), r"level must lie in \(0, 1\), got 95"),
+        (lambda: frechet_infinity(np.zeros((9, 3)), REFERENCE), "at least 25 samples for 3 halvings, got 9"),
+        (lambda: frechet_infinity(np.zeros((99, 3)), REFERENCE, halvings=1), "halvings must be at least 2.*got 1"),
+        (lambda: gaussian_kl(random_moments(4, 1), REFERENCE), "a must have 3 features like b, got 4"),
+        (lambda: gaussian_kl(SINGULAR, REFERENCE), "a must have a covariance of full rank"),
+        (lambda: gaussian_kl(REFERENCE, SINGULAR), "b must have a covariance of full rank"),
+        (lambda: metric_name("", 5), "extractor must be a name"),
+        (lambda: metric_name("inception", 0), "count must be at least 1, got 0"),
         (lambda: Moments(np.zeros(2), np.eye(3), 0), r"covariance must be \(2, 2\) like the mean, got \(3, 3\)"),
         (lambda: Moments(np.zeros((2, 2)), np.eye(2), 0), r"mean must be \(d,\)"),
         (lambda: Moments(np.array([0.0, math.nan]), np.eye(2), 0), "mean must be finite"),
