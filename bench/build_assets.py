@@ -24,9 +24,12 @@ from bench.features import (
     save_extractor,
     save_statistics,
 )
+from bench.judge import SAMPLES
 from bench.metrics import Moments, frechet_distance
+from bench.reference import save_reference_samples
 
 NAME = "mnist_cnn"
+REFERENCE_SAMPLES = 5000
 
 
 def build_assets(
@@ -35,12 +38,12 @@ def build_assets(
     out: str | Path = ASSETS,
     training: ClassifierTraining | None = None,
 ) -> dict[str, Any]:
-    """Write the extractor `mnist_cnn` and the statistics `mnist` under `out`.
+    """Write the extractor `mnist_cnn`, the statistics `mnist` and features of some training images under `out`.
 
     Args:
         train_parquet: the training images of MNIST with labels, in any form that `load_images` reads.
         test_parquet: the test images, likewise.
-        out: the folder that gets `mnist-features/` and `mnist-stats/`, which are replaced.
+        out: the folder that gets `mnist-features/`, `mnist-stats/` and `mnist-reference/`, which are replaced.
         training: None = the shipped extractor's.
 
     Returns:
@@ -53,6 +56,9 @@ def build_assets(
     data = {split: load_images(file) for split, file in files.items()}
     extractor = build_extractor(files, data, Path(out) / EXTRACTORS[NAME].name, training or ClassifierTraining())
     moments = build_statistics(files, data, Path(out) / STATISTICS["mnist"].name, extractor)
+    some = data["train"].images[:REFERENCE_SAMPLES]
+    about = {"split": "train", "first": len(some), **describe(data["train"], files["train"])}
+    save_reference_samples(Path(out) / SAMPLES.name, extractor, extractor.features(some), about)
     return {
         "hash": extractor.hash,
         "test_accuracy": extractor.info["test_accuracy"],

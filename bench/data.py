@@ -1,13 +1,16 @@
-"""Image data sets: Parquet in the Hugging Face layout, an image folder, a zip of images (EDM layout), or an `.npz`."""
+"""Image data sets: Parquet in the Hugging Face layout, an image folder, a zip of images (EDM layout), an `.npz`, or a name
+for the library `datasets`.
+"""
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,7 +19,10 @@ import numpy as np
 from PIL import Image
 
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-_KINDS = "a .parquet file, a folder of images, a .zip of images, or an .npz"
+_KINDS = "a .parquet file, a folder of images, a .zip of images, an .npz, or hf:<name or folder>[:<split>]"
+_NO_BOUND = {"limit": "all images", "resolution": "any"}
+_HF = "hf:"
+_HF_IMAGES, _HF_LABELS = ("image", "img"), ("label", "labels", "fine_label")
 # what Pillow raises on damaged files of the formats above, and zipfile and NumPy on damaged archives
 _BAD_IMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 _BAD_ARCHIVE = (OSError, ValueError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile)
@@ -54,38 +60,73 @@ class ImageData:
         return len(self.images)
 
 
-def load_images(path: str | Path, limit: int | None = None) -> ImageData:
+def load_images(
+    path: str | Path,
+    limit: int | None = None,
+    *,
+    use_labels: bool = True,
+    xflip: bool = False,
+    resolution: int | None = None,
+) -> ImageData:
     """Read a data set, or the first `limit` images of it; a folder and a zip are read in the order of their names.
+
+    The options after `limit` are those of the readers of EDM (Karras et al. 2022, arXiv:2206.00364), by their names there.
 
     Args:
         path: one of
             `.parquet` with a column `image` (encoded bytes, or a struct with `bytes`) and optionally `label`;
             a folder or `.zip` of images, labelled by the `dataset.json` at its root (EDM layout) or else by sub-folder
-            (classes numbered in the order of their names; none where there are fewer than two); or
+            (classes numbered in the order of their names; none where there are fewer than two);
             `.npz` with `images` (or `arr_0`) as (N, H, W), (N, H, W, C) or (N, C, H, W) uint8 and optionally `labels`
-            (or `arr_1`) as (N,) whole numbers.
+            (or `arr_1`) as (N,) whole numbers; or
+            `hf:<name>` or `hf:<name>:<split>` (split `train` if none is said) for the library `datasets`, where the name is
+            a folder that its `save_to_disk` wrote, or a data set as `datasets.load_dataset` takes it; with a column
+            `image` or `img`, and optionally `label`, `labels` or `fine_label`.
         limit: at least 1, or None for all.
+        use_labels: False = labels are neither read nor checked.
+        xflip: append each image mirrored left to right, with its label: 2 N images, after the limit.
+        resolution: height and width that the images must have; None = any.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        DataError: another kind of file, a damaged one, images of unequal sizes or none, labels missing or not whole.
-        ValueError: `limit` below 1.
+        DataError: another kind of file, a damaged one, images of unequal sizes or none or not of `resolution`, labels missing
+            or not whole, or an unknown split.
+        ValueError: `limit` or `resolution` below 1, or `datasets` is not installed.
     """
+    for name, value in (("limit", limit), ("resolution", resolution)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, or None for {_NO_BOUND[name]}, got {value}")
+    data = _read(path, limit, use_labels)
+    if resolution is not None and data.images.shape[2:] != (resolution, resolution):
+        height, width = data.images.shape[2:]
+        raise DataError(
+            f"{path}: images must be {resolution} x {resolution}, the resolution asked for, got {height} x {width}"
+        )
+    return _mirrored(data) if xflip else data
+
+
+def _read(path: str | Path, limit: int | None, use_labels: bool) -> ImageData:
+    if isinstance(path, str) and path.startswith(_HF):
+        return _read_hf(path, limit, use_labels)
     path = Path(path)
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, or None for all images, got {limit}")
     if not path.exists():
         raise FileNotFoundError(f"data {str(path)!r} does not exist; give {_KINDS}")
     if path.is_dir():
-        return _read_folder(path, limit)
-    readers: dict[str, Callable[[Path, int | None], ImageData]] = {
+        return _read_folder(path, limit, use_labels)
+    readers: dict[str, Callable[[Path, int | None, bool], ImageData]] = {
         ".parquet": _read_parquet,
         ".zip": _read_zip,
         ".npz": _read_npz,
     }
     if path.suffix.lower() not in readers:
         raise DataError(f"data {str(path)!r} is not a kind this reads; give {_KINDS}")
-    return readers[path.suffix.lower()](path, limit)
+    return readers[path.suffix.lower()](path, limit, use_labels)
+
+
+def _mirrored(data: ImageData) -> ImageData:
+    """The images, and after them each mirrored left to right."""
+    labels = None if data.labels is None else np.tile(data.labels, 2)
+    return ImageData(np.concatenate([data.images, data.images[..., ::-1]]), labels)
 
 
 def decode(encoded: bytes, source: str) -> np.ndarray:
@@ -118,7 +159,7 @@ def _to_uint8(image: Image.Image) -> np.ndarray:
     return (wide >> 8).astype(np.uint8)
 
 
-def _stack(encoded: Iterable[tuple[str, bytes]], labels: np.ndarray | None, path: Path) -> ImageData:
+def _stack(encoded: Iterable[tuple[str, bytes]], labels: np.ndarray | None, path: str | Path) -> ImageData:
     images: list[np.ndarray] = []
     for source, content in encoded:
         images.append(decode(content, source))
@@ -131,7 +172,7 @@ def _stack(encoded: Iterable[tuple[str, bytes]], labels: np.ndarray | None, path
     return ImageData(np.stack(images), labels)
 
 
-def _whole_numbers(labels: Iterable[Any], path: Path) -> np.ndarray:
+def _whole_numbers(labels: Iterable[Any], path: str | Path) -> np.ndarray:
     """Labels as (N,) int64, refused where one is missing, not whole, or not a single number."""
     whole: list[int] = []
     for label in labels:
@@ -143,41 +184,46 @@ def _whole_numbers(labels: Iterable[Any], path: Path) -> np.ndarray:
     return np.asarray(whole, dtype=np.int64)
 
 
-def _read_parquet(path: Path, limit: int | None) -> ImageData:
+def _read_parquet(path: Path, limit: int | None, use_labels: bool) -> ImageData:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            table = file.read([name for name in ("image", "label") if name in names]).slice(0, limit)
+            wanted = ("image", "label") if use_labels else ("image",)
+            table = file.read([name for name in wanted if name in names]).slice(0, limit)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from error
     if "image" not in names:
         raise DataError(f"{path} has no column 'image' (columns: {names})")
-    encoded: list[tuple[str, bytes]] = []
-    for row, content in enumerate(table["image"].to_pylist()):
-        source, content = f"{path} row {row}", content.get("bytes") if isinstance(content, dict) else content
+    labels = _whole_numbers(table["label"].to_pylist(), path) if "label" in table.column_names else None
+    return _stack(_encoded(table["image"].to_pylist(), path), labels, path)
+
+
+def _encoded(column: Iterable[Any], path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """Where each image of a column is from, and its encoded bytes."""
+    for row, value in enumerate(column):
+        source, content = f"{path} row {row}", value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             kind = type(content).__name__
             raise DataError(f"{source}: 'image' must be encoded bytes, or a struct with 'bytes', got {kind}")
-        encoded.append((source, content))
-    return _stack(encoded, _whole_numbers(table["label"].to_pylist(), path) if "label" in names else None, path)
+        yield source, content
 
 
-def _read_folder(path: Path, limit: int | None) -> ImageData:
+def _read_folder(path: Path, limit: int | None, use_labels: bool) -> ImageData:
     names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
     index = path / "dataset.json"
     listed = index.read_bytes() if index.exists() else None
-    return _read_names(path, names, lambda name: (path / name).read_bytes(), listed, limit)
+    return _read_names(path, names, lambda name: (path / name).read_bytes(), listed, limit, use_labels)
 
 
-def _read_zip(path: Path, limit: int | None) -> ImageData:
+def _read_zip(path: Path, limit: int | None, use_labels: bool) -> ImageData:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             index = archive.read("dataset.json") if "dataset.json" in names else None
-            return _read_names(path, names, archive.read, index, limit)
+            return _read_names(path, names, archive.read, index, limit, use_labels)
     except DataError:
         raise
     except _BAD_ARCHIVE as error:
@@ -185,13 +231,19 @@ def _read_zip(path: Path, limit: int | None) -> ImageData:
 
 
 def _read_names(
-    path: Path, names: list[str], read: Callable[[str], bytes], index: bytes | None, limit: int | None
+    path: Path,
+    names: list[str],
+    read: Callable[[str], bytes],
+    index: bytes | None,
+    limit: int | None,
+    use_labels: bool,
 ) -> ImageData:
     names = sorted(name for name in names if _is_image(name))
     if not names:
         raise DataError(f"{path} holds no images ({', '.join(sorted(_IMAGE_SUFFIXES))})")
-    # classes are counted over all names, so that a limit does not change the label of an image
-    labels = _labels_of_folders(names) if index is None else _labels_of_index(path, names[:limit], index)
+    labels: list[Any] | None = None
+    if use_labels:  # classes are counted over all names, so that a limit does not change the label of an image
+        labels = _labels_of_folders(names) if index is None else _labels_of_index(path, names[:limit], index)
     contents = ((f"{path}: {name}", read(name)) for name in names[:limit])
     return _stack(contents, None if labels is None else _whole_numbers(labels[:limit], path), path)
 
@@ -225,8 +277,8 @@ def _labels_of_folders(names: list[str]) -> list[int] | None:
     return None if "." in classes or len(classes) < 2 else [classes[folder] for folder in folders]
 
 
-def _read_npz(path: Path, limit: int | None) -> ImageData:
-    wanted = ("images", "arr_0", "labels", "arr_1")
+def _read_npz(path: Path, limit: int | None, use_labels: bool) -> ImageData:
+    wanted = ("images", "arr_0", *(("labels", "arr_1") if use_labels else ()))
     try:
         # only a zip reaches NumPy, which would take any other file for a pickle
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
@@ -246,3 +298,51 @@ def _read_npz(path: Path, limit: int | None) -> ImageData:
         return ImageData(np.ascontiguousarray(images), labels)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def _read_hf(name: str, limit: int | None, use_labels: bool) -> ImageData:
+    """A data set of the library `datasets`; its images are decoded here, as everywhere, and not by the library."""
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ValueError(f"data {name!r} needs the package datasets: pip install 'fewstep[hf]'") from error
+    table = _hf_table(datasets, name)
+    columns = table.column_names
+    image = next((column for column in _HF_IMAGES if column in columns), None)
+    if image is None:
+        raise DataError(f"{name} has none of the columns {', '.join(_HF_IMAGES)} (columns: {columns})")
+    table = table.select(range(min(len(table), len(table) if limit is None else limit)))
+    label = next((column for column in _HF_LABELS if column in columns), None) if use_labels else None
+    labels = None if label is None else _whole_numbers(table[label], name)
+    try:
+        encoded = table.select_columns(image).cast_column(image, datasets.Image(decode=False))[image]
+    except (TypeError, ValueError, RuntimeError) as error:  # pyarrow's are ValueErrors
+        raise DataError(f"{name}: column {image!r} holds no images: {error}") from error
+    return _stack(_encoded((_with_bytes(value) for value in encoded), name), labels, name)
+
+
+def _hf_table(datasets: Any, name: str) -> Any:
+    """The `datasets.Dataset` that a name stands for."""
+    source, _, split = name.removeprefix(_HF).partition(":")
+    if not source:
+        raise DataError(f"data {name!r} names no data set; give hf:<name or folder>[:<split>]")
+    saved = any((Path(source) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        loaded = datasets.load_from_disk(source) if saved else datasets.load_dataset(source, split=split or "train")
+    except Exception as error:  # the library's, its file systems' and pyarrow's have no common base
+        raise DataError(f"{name} cannot be loaded by datasets: {type(error).__name__}: {error}") from error
+    if not saved:
+        return loaded
+    whole = not isinstance(loaded, dict)  # a saved data set is one split, or a dictionary of them
+    splits = {split if loaded.split is None else str(loaded.split): loaded} if whole else dict(loaded)
+    wanted = split or (next(iter(splits)) if whole else "train")
+    if wanted not in splits:
+        raise DataError(f"{name}: split must be one of {sorted(splits)}, got {wanted!r}")
+    return splits[wanted]
+
+
+def _with_bytes(value: Any) -> Any:
+    """An image of `datasets`, read from its file where it is only named."""
+    if isinstance(value, dict) and value.get("bytes") is None and value.get("path") and Path(value["path"]).is_file():
+        return Path(value["path"]).read_bytes()
+    return value

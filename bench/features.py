@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,39 @@ FORMAT = 1
 ASSETS = Path(__file__).parent / "assets"
 EXTRACTORS = {"mnist_cnn": ASSETS / "mnist-features"}
 STATISTICS = {"mnist": ASSETS / "mnist-stats"}
+Shape = tuple[int, int, int] | Literal["any"]  # (C, H, W) of the images, or any size of 1 or 3 channels
+
+
+class Extractor(Protocol):
+    """Whatever turns images into the features that a distance is between.
+
+    One that classifies also has `classify(images, batch_size)`, the most probable class (N,) int64, or
+    `probabilities(images, batch_size)`, (N, classes), or both.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in a table's column, `fd_<name>`."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """What identifies the weights and the preprocessing."""
+        ...
+
+    @property
+    def dims(self) -> int:
+        """Number of features."""
+        ...
+
+    @property
+    def shape(self) -> Shape:
+        """(C, H, W) of the images it takes, or "any"."""
+        ...
+
+    def features(self, images: np.ndarray | Tensor, batch_size: int = ...) -> np.ndarray:
+        """Features (N, dims), float32 or float64, of images (N, C, H, W): uint8, or floating in [-1, 1]."""
+        ...
 
 
 class ImageClassifier(nn.Module):
@@ -166,22 +199,49 @@ class FeatureExtractor:
         out = np.empty(len(images), dtype=np.int64)
         return self._apply(lambda x: self.network(x).argmax(1), images, batch_size, out)
 
+    def probabilities(self, images: np.ndarray | Tensor, batch_size: int = 250) -> np.ndarray:
+        """Probabilities of the classes (N, classes) float64 of images (N, C, H, W); arguments and errors as in `features`."""
+        out = np.empty((len(images), self.network.classes))
+        return self._apply(lambda x: self.network(x).double().softmax(1), images, batch_size, out)
+
     def _apply(
         self, function: Callable[[Tensor], Tensor], images: np.ndarray | Tensor, batch_size: int, out: np.ndarray
     ) -> np.ndarray:
         """Fill the rows of `out` with `function` of the images, quantised, in [-1, 1], a batch at a time."""
-        if tuple(images.shape[1:]) != self.shape:
-            raise ValueError(f"images must be (N, {', '.join(map(str, self.shape))}), got {tuple(images.shape)}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         weight = self.network.head.weight
+        check_images(images, self.shape)
         # The caller's autocast would halve the digits of the features.
-        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-            for start in range(0, len(images), batch_size):
-                rows = slice(start, start + batch_size)
-                batch = dequantise(quantise(images[rows]).to(weight.device)).to(weight.dtype)
-                out[rows] = function(batch).cpu().numpy()
-        return out
+        with torch.autocast(weight.device.type, enabled=False):
+            return by_batches(
+                lambda x: function(dequantise(x.to(weight.device)).to(weight.dtype)), images, batch_size, out
+            )
+
+
+def check_images(images: np.ndarray | Tensor, shape: Shape) -> None:
+    """Raise ValueError where images are not (N, *shape)."""
+    found = tuple(images.shape)
+    if shape == "any":
+        if len(found) != 4 or found[1] not in (1, 3) or 0 in found[1:]:
+            raise ValueError(f"images must be (N, 1 or 3, H, W), got {found}")
+    elif found[1:] != shape:
+        raise ValueError(f"images must be (N, {', '.join(map(str, shape))}), got {found}")
+
+
+def by_batches(
+    function: Callable[[Tensor], Tensor], images: np.ndarray | Tensor, batch_size: int, out: np.ndarray
+) -> np.ndarray:
+    """Fill the rows of `out` with `function` of the uint8 images, a batch at a time, without gradients.
+
+    Raises:
+        TypeError, ValueError: as for `quantise`, or a batch_size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    with torch.no_grad():
+        for start in range(0, len(images), batch_size):
+            rows = slice(start, start + batch_size)
+            out[rows] = function(quantise(images[rows])).cpu().numpy()
+    return out
 
 
 def load_extractor(name_or_path: str | Path = "mnist_cnn", device: str | torch.device = "cpu") -> FeatureExtractor:
@@ -221,7 +281,7 @@ def save_extractor(folder: str | Path, name: str, network: ImageClassifier, info
 
 
 def save_statistics(
-    folder: str | Path, extractor: FeatureExtractor, moments: dict[str, Moments], data: dict[str, dict[str, Any]]
+    folder: str | Path, extractor: Extractor, moments: dict[str, Moments], data: dict[str, dict[str, Any]]
 ) -> None:
     """Save the moments of the splits of a data set.
 
@@ -245,7 +305,7 @@ def save_statistics(
 
 
 def load_statistics(
-    name_or_path: str | Path = "mnist", split: str = "train", extractor: FeatureExtractor | None = None
+    name_or_path: str | Path = "mnist", split: str = "train", extractor: Extractor | None = None
 ) -> Moments:
     """Reference moments of a data set's features.
 
@@ -277,7 +337,7 @@ def moments_hash(moments: Moments) -> str:
     return content_hash({"mean": moments.mean, "covariance": moments.covariance, "count": count})
 
 
-def _check_extractor(made_with: dict[str, str], extractor: FeatureExtractor, folder: Path) -> None:
+def _check_extractor(made_with: dict[str, str], extractor: Extractor, folder: Path) -> None:
     if made_with["hash"] != extractor.hash:
         raise CheckpointError(
             f"statistics {folder} are of features of {made_with['name']} {made_with['hash']}, not of the extractor "

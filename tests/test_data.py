@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -348,3 +349,134 @@ def test_image_data_checks_its_arrays() -> None:
         ImageData(images[:, 0], None)
     with pytest.raises(DataError, match=r"labels must be \(6,\) int64.*got \(6,\) float64"):
         ImageData(images, np.zeros(6))
+
+
+# ---- the options of EDM's readers ----
+
+
+@every_source
+def test_labels_that_are_not_used_are_neither_read_nor_checked(source: Source, tmp_path: Path) -> None:
+    data = load_images(source(tmp_path, pixels(1)), use_labels=False)
+    np.testing.assert_array_equal(data.images, pixels(1))
+    assert data.labels is None
+
+
+def test_labels_that_cannot_be_read_hinder_only_who_uses_them(tmp_path: Path) -> None:
+    folder = indexed_folder(tmp_path, pixels(1))
+    (folder / "dataset.json").write_text("not JSON")
+    np.savez(tmp_path / "data.npz", images=pixels(1), labels=np.full(N, 0.5))
+    pq.write_table(pa.table({"image": [encode(i) for i in pixels(1)], "label": ["cat"] * N}), tmp_path / "data.parquet")
+    for path in (folder, tmp_path / "data.npz", tmp_path / "data.parquet"):
+        assert len(load_images(path, use_labels=False)) == N
+        refused(path)
+
+
+def test_mirrored_images_follow_the_limited_set_with_its_labels(tmp_path: Path) -> None:
+    images = pixels(3)
+    data = load_images(npz(tmp_path, images), limit=4, xflip=True)
+    np.testing.assert_array_equal(data.images[:4], images[:4])
+    for image, mirrored in zip(images[:4], data.images[4:], strict=True):
+        np.testing.assert_array_equal(mirrored, np.stack([np.fliplr(channel) for channel in image]))
+    assert data.labels is not None
+    np.testing.assert_array_equal(data.labels, np.tile(LABELS[:4], 2))
+
+
+def test_a_resolution_is_checked_in_height_and_width(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.npz: images must be 7 x 7, the resolution asked for, got 5 x 7"):
+        load_images(npz(tmp_path, pixels(1)), resolution=7)
+    assert load_images(npz(tmp_path, pixels(1)[:, :, :, :5]), resolution=5).images.shape == (N, 1, 5, 5)
+    with pytest.raises(ValueError, match="resolution must be at least 1, or None for any, got 0"):
+        load_images(npz(tmp_path, pixels(1)), resolution=0)
+
+
+# ---- the library datasets ----
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """`saved(split=images)`: a folder of the library with those splits, or with one nameless set."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+
+    def save(columns: tuple[str, str] = ("img", "label"), **splits: np.ndarray) -> Path:
+        def table(images: np.ndarray) -> Any:
+            encoded = [{"bytes": encode(image), "path": None} for image in images]
+            features = datasets.Features({columns[0]: datasets.Image(), columns[1]: datasets.Value("int64")})
+            rows = {columns[0]: encoded, columns[1]: LABELS[: len(images)].tolist()}
+            return datasets.Dataset.from_dict(rows, features=features)
+
+        made = {name: table(images) for name, images in splits.items()}
+        (made["whole"] if "whole" in made else datasets.DatasetDict(made)).save_to_disk(str(tmp_path / "saved"))
+        return tmp_path / "saved"
+
+    return save
+
+
+@pytest.mark.parametrize("columns", [("img", "label"), ("image", "labels"), ("img", "fine_label")], ids=str)
+def test_a_saved_data_set_gives_the_images_of_each_split(saved: Callable[..., Path], columns: tuple[str, str]) -> None:
+    folder = saved(columns, train=pixels(3), test=pixels(3)[::-1][:4])
+    for name, expected in ((f"hf:{folder}", pixels(3)), (f"hf:{folder}:test", pixels(3)[::-1][:4])):
+        data = load_images(name)
+        np.testing.assert_array_equal(data.images, expected)
+        assert data.labels is not None
+        np.testing.assert_array_equal(data.labels, LABELS[: len(expected)])
+    data = load_images(f"hf:{folder}:train", limit=2, use_labels=False)
+    assert (len(data), data.labels) == (2, None)
+
+
+def test_a_saved_data_set_without_splits(saved: Callable[..., Path]) -> None:
+    np.testing.assert_array_equal(load_images(f"hf:{saved(whole=pixels(1))}").images, pixels(1))
+
+
+def test_an_unknown_split_lists_the_splits(saved: Callable[..., Path]) -> None:
+    name = f"hf:{saved(train=pixels(1), test=pixels(1))}:validation"
+    with pytest.raises(DataError, match=r"split must be one of \['test', 'train'\], got 'validation'"):
+        load_images(name)
+
+
+def test_columns_of_a_saved_data_set_that_do_not_fit_are_named(saved: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none of the columns image, img \(columns: \['picture', 'label'\]\)"):
+        load_images(f"hf:{saved(('picture', 'label'), train=pixels(1))}")
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"image": [1, 2]}).save_to_disk(str(tmp_path / "numbers"))
+    with pytest.raises(DataError, match="column 'image' holds no images"):
+        load_images(f"hf:{tmp_path / 'numbers'}")
+
+
+def test_a_damaged_saved_data_set_is_named(saved: Callable[..., Path]) -> None:
+    folder = saved(train=pixels(1))
+    next(folder.rglob("*.arrow")).write_bytes(b"not arrow")
+    with pytest.raises(DataError, match=rf"hf:{re.escape(str(folder))} cannot be loaded by datasets"):
+        load_images(f"hf:{folder}")
+
+
+def test_images_that_are_only_named_are_read_from_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    folder = class_folders(tmp_path, pixels(3))
+    paths = [str(next(folder.rglob(f"{i}.bmp"))) for i in range(1, N)]
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": paths}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    np.testing.assert_array_equal(load_images("hf:pictures").images, pixels(3)[1:])
+
+
+def test_any_other_name_goes_to_the_library_with_its_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets, asked = pytest.importorskip("datasets"), []
+
+    def load_dataset(name: str, split: str) -> Any:
+        asked.append((name, split))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("hf:cifar10", "hf:uoft-cs/cifar10:test"):
+        with pytest.raises(DataError, match=f"{name} cannot be loaded by datasets: ConnectionError: no network"):
+            load_images(name)
+    assert asked == [("cifar10", "train"), ("uoft-cs/cifar10", "test")]
+    with pytest.raises(DataError, match="names no data set"):
+        load_images("hf:")
+
+
+def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"'hf:cifar10' needs the package datasets: pip install 'fewstep\[hf\]'"):
+        load_images("hf:cifar10")

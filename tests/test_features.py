@@ -33,6 +33,7 @@ from bench.features import (
     save_statistics,
 )
 from bench.metrics import Moments, frechet_distance
+from bench.reference import load_reference_samples
 from distill.checkpoint import CheckpointError
 
 TINY = ClassifierTraining(epochs=3, batch_size=32, learning_rate=0.02, width=4, hidden=8)
@@ -139,6 +140,17 @@ def test_classify_gives_the_classes_of_the_logits(extractor):
     images = noise(5)
     expected = extractor.network(dequantise(quantise(images))).argmax(1)
     assert extractor.classify(images, batch_size=2).tolist() == expected.tolist()
+
+
+def test_probabilities_are_those_of_the_logits(extractor):
+    images = noise(5)
+    logits = extractor.network(dequantise(quantise(images))).double().numpy()
+    expected = np.exp(logits - logits.max(1, keepdims=True))
+    found = extractor.probabilities(images, batch_size=2)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), rtol=1e-4, atol=1e-12)
+    assert found.argmax(1).tolist() == extractor.classify(images).tolist()
+    assert extractor.probabilities(noise(0)).shape == (0, 10)
 
 
 @pytest.mark.parametrize("shape", [(2, 28, 28), (2, 3, 28, 28), (2, 1, 32, 32)])
@@ -448,6 +460,10 @@ def test_assets_are_built_loaded_and_the_same_again(splits, tmp_path):
     extractor = load_extractor(tmp_path / "one" / "mnist-features")
     assert extractor.hash == reports[0]["hash"]
     assert load_statistics(tmp_path / "one" / "mnist-stats", "test", extractor).count == 80
+    rows = load_reference_samples(tmp_path / "one" / "mnist-reference", extractor)
+    assert np.allclose(rows, extractor.features(strokes(80, 0)[0]), atol=2e-3, rtol=1e-3)
+    with pytest.raises(CheckpointError, match="not of the extractor mnist_cnn"):
+        load_reference_samples(tmp_path / "one" / "mnist-reference", load_extractor())
     for name in ("mnist-features/config.json", "mnist-stats/config.json", "mnist-stats/moments.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
