@@ -11,39 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bench.posterior import (
+    ROWWISE_DIMENSION,
+    Parameters,
+    Scalar,
+    checked_states,
+    exact_eps,
+    exact_log_prob,
+    exact_x0,
+    float64,
+)
 from samplers.noise import check_seed
 from samplers.schedule import Schedule
 
-Scalar = float | Tensor
-
-_ROWWISE_DIMENSION = 64  # up to here products are summed row by row, so that no row depends on its batch
 _CHUNK = 2**22  # numbers in the largest temporary tensor
-
-
-class _Parameters(NamedTuple):
-    """A mixture in the dtype and on the device of a state; without a basis r = 0."""
-
-    log_weights: Tensor  # (K,)
-    means: Tensor  # (K, D)
-    residual: Tensor  # (K,)
-    basis: Tensor  # (K, D, r)
-    transposed: Tensor  # (K, r, D), contiguous
-    spectrum: Tensor  # (K, r): variances of the data along the basis
-
-
-class _Parts(NamedTuple):
-    """Distances of B states from K means, split by the components' bases, with the variances that go with them."""
-
-    outside: Tensor  # (B, K, D): what is orthogonal to the basis
-    floor: Tensor  # (B, K)
-    inside: Tensor  # (B, K, r): coordinates in the basis
-    spread: Tensor  # (B, K, r)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,12 +59,12 @@ class GaussianMixture:
     residual: Tensor
     basis: Tensor | None = None
     variances: Tensor | None = None
-    _casts: dict[tuple[torch.dtype, torch.device], _Parameters] = field(default_factory=dict, init=False)
+    _casts: dict[tuple[torch.dtype, torch.device], Parameters] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for name in ("weights", "means", "residual", "basis", "variances"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _float64(getattr(self, name), name))
+                object.__setattr__(self, name, float64(getattr(self, name), name))
         _check_weights(self.weights)
         self.weights.div_(self.weights.sum())  # what float32 weights lack of 1
         components = len(self.weights)
@@ -104,7 +91,7 @@ class GaussianMixture:
         Raises:
             ValueError: as for the class.
         """
-        means, std = _float64(means, "means"), _float64(std, "std")
+        means, std = float64(means, "means"), float64(std, "std")
         components = len(means) if means.ndim else 0
         std = std if std.ndim else std.expand(components)
         _check_variances("std", std, (components,))
@@ -124,7 +111,7 @@ class GaussianMixture:
         Raises:
             ValueError: as for the class, and covariances that are not square, symmetric or positive semi-definite.
         """
-        covariances = _float64(covariances, "covariances")
+        covariances = float64(covariances, "covariances")
         if covariances.ndim != 3 or covariances.shape[1] != covariances.shape[2]:
             raise ValueError(f"covariances must be (K, D, D), got {tuple(covariances.shape)}")
         if not torch.allclose(covariances, covariances.mT, rtol=0.0, atol=1e-10 * float(covariances.abs().max())):
@@ -180,6 +167,11 @@ class GaussianMixture:
         """The columns r of each basis; 0 without one."""
         return 0 if self.basis is None else self.basis.shape[2]
 
+    @property
+    def row_numbers(self) -> int:
+        """Numbers that the largest temporary tensor has for each state."""
+        return self.means.numel() * (max(self.rank, 1) if self.dim <= ROWWISE_DIMENSION else 1)
+
     def eps(self, x: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
         """`E[eps | x_t = x]`, exact up to rounding in the dtype of x (in float32 where x is of half precision).
 
@@ -198,15 +190,15 @@ class GaussianMixture:
         Raises:
             ValueError: another shape or dtype, or a float level out of range.
         """
-        return self._by_rows(_eps, x, alpha, sigma).view(x.shape)
+        return self._by_rows(exact_eps, x, alpha, sigma).view(x.shape)
 
     def x0(self, x: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
         """`E[x_0 | x_t = x]`, shape of x, computed without a division by alpha; arguments and errors as for `eps`."""
-        return self._by_rows(_x0, x, alpha, sigma).view(x.shape)
+        return self._by_rows(exact_x0, x, alpha, sigma).view(x.shape)
 
     def log_prob(self, x: Tensor, alpha: Scalar = 1.0, sigma: Scalar = 0.0) -> Tensor:
         """`log p_t(x)`, (B,), in nats; the density of the data by default. Arguments and errors as for `eps`."""
-        return self._by_rows(_log_prob, x, alpha, sigma)
+        return self._by_rows(exact_log_prob, x, alpha, sigma)
 
     def net(self, schedule: Schedule) -> Callable[[Tensor, Tensor], Tensor]:
         """A network for `EpsModel(net, schedule, predicts="eps")`.
@@ -228,9 +220,8 @@ class GaussianMixture:
         if n < 0:
             raise ValueError(f"n must be at least 0, got {n}")
         # one stream for each purpose, so that row i of each does not move with n
-        pick, wide, narrow = (np.random.default_rng(s) for s in np.random.SeedSequence(check_seed(seed)).spawn(3))
-        edges = torch.cumsum(self.weights, 0)[:-1]
-        chosen = torch.searchsorted(edges, torch.from_numpy(pick.random(n)), right=True)
+        _, wide, narrow = (np.random.default_rng(s) for s in np.random.SeedSequence(check_seed(seed)).spawn(3))
+        chosen = self.pick(n, seed)
         x = self.means.flatten(1)[chosen]
         if self.residual.any():
             x += self.residual.sqrt()[chosen, None] * torch.from_numpy(wide.standard_normal((n, self.dim)))
@@ -240,6 +231,12 @@ class GaussianMixture:
             for k, basis in enumerate(bases):
                 x[chosen == k] += along[chosen == k] @ basis.T
         return x.view(n, *self.shape)
+
+    def pick(self, n: int, seed: int = 0) -> Tensor:
+        """The components that the samples of `sample(n, seed)` come from, (n,) int64."""
+        rng = np.random.default_rng(np.random.SeedSequence(check_seed(seed)).spawn(1)[0])
+        edges = torch.cumsum(self.weights, 0)[:-1]
+        return torch.searchsorted(edges, torch.from_numpy(rng.random(n)), right=True)
 
     def mean(self) -> Tensor:
         """The exact mean of the data, (D,) float64."""
@@ -255,27 +252,11 @@ class GaussianMixture:
 
     def _by_rows(self, function: Callable[..., Tensor], x: Tensor, alpha: Scalar, sigma: Scalar) -> Tensor:
         """`function(parameters, x (b, D), alpha (b, 1), sigma (b, 1))` over chunks of rows that bound the memory."""
-        if x.ndim == 0 or x.shape[1:] != self.shape or not x.is_floating_point():
-            expected = ", ".join(map(str, ("B", *self.shape)))
-            raise ValueError(f"x must be ({expected}) of a floating dtype, got {tuple(x.shape)} {x.dtype}")
-        self._check_levels(alpha, sigma)
-        dtype = x.dtype if x.dtype == torch.float64 else torch.float32
-        rows = x.to(dtype).reshape(len(x), self.dim).contiguous()
-        levels = [_level(value, rows, name) for value, name in ((alpha, "alpha"), (sigma, "sigma"))]
-        numbers = self.means.numel() * (max(self.rank, 1) if self.dim <= _ROWWISE_DIMENSION else 1)
-        size = max(1, _CHUNK // numbers)
-        parameters = self._cast(dtype, x.device)
+        rows, *levels = checked_states(x, self.shape, alpha, sigma, self.flat)
+        size = max(1, _CHUNK // self.row_numbers)
+        parameters = self.parameters(rows.dtype, x.device)
         parts = zip(*(value.split(size) for value in (rows, *levels)), strict=True)
         return torch.cat([function(parameters, *part) for part in parts]).to(x.dtype)
-
-    def _check_levels(self, alpha: Scalar, sigma: Scalar) -> None:
-        for name, value in (("alpha", alpha), ("sigma", sigma)):
-            if not isinstance(value, Tensor) and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and at least 0, got {value}")
-        if isinstance(sigma, Tensor) or sigma > 0:
-            return
-        if self._flat() or (not isinstance(alpha, Tensor) and alpha == 0):
-            raise ValueError(f"sigma must be positive where alpha = 0 or a component has no width, got {sigma}")
 
     def _low_rank(self) -> tuple[Tensor, Tensor]:
         """Basis and variances, of rank 0 where there are none."""
@@ -283,12 +264,13 @@ class GaussianMixture:
             return self.means.new_zeros(len(self.weights), self.dim, 0), self.means.new_zeros(len(self.weights), 0)
         return self.basis, self.variances
 
-    def _flat(self) -> bool:
+    def flat(self) -> bool:
         """Whether some component has no variance in some direction."""
         spectrum = self.residual[:, None] + self._low_rank()[1]
         return bool((spectrum == 0).any() or (self.rank < self.dim and (self.residual == 0).any()))
 
-    def _cast(self, dtype: torch.dtype, device: torch.device) -> _Parameters:
+    def parameters(self, dtype: torch.dtype, device: torch.device) -> Parameters:
+        """The numbers that the functions of `bench.posterior` take, kept for the next call."""
         if (dtype, device) not in self._casts:
             with torch.inference_mode(False):  # a tensor that is made in inference mode can never meet a gradient
                 basis, variances = self._low_rank()
@@ -296,77 +278,8 @@ class GaussianMixture:
                 # nothing is outside a square basis, and a positive width there keeps 0 / 0 away
                 residual = torch.ones_like(self.residual) if self.rank == self.dim else self.residual
                 wide = (self.weights.log(), self.means.flatten(1), residual, basis, basis.mT.contiguous(), spectrum)
-                self._casts[dtype, device] = _Parameters(*(v.to(dtype=dtype, device=device) for v in wide))
+                self._casts[dtype, device] = Parameters(*(v.to(dtype=dtype, device=device) for v in wide))
         return self._casts[dtype, device]
-
-
-def _eps(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    parts = _split(q, x, alpha, sigma)
-    solved = _join(q, parts, sigma / parts.floor, sigma[:, :, None] / parts.spread)
-    return _mix(torch.softmax(_joint(q, parts), 1), solved)
-
-
-def _x0(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    parts = _split(q, x, alpha, sigma)
-    moved = _join(q, parts, alpha * q.residual / parts.floor, alpha[:, :, None] * q.spectrum / parts.spread)
-    return _mix(torch.softmax(_joint(q, parts), 1), q.means + moved)
-
-
-def _log_prob(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    return torch.logsumexp(_joint(q, _split(q, x, alpha, sigma)), 1)
-
-
-def _split(q: _Parameters, x: Tensor, alpha: Tensor, sigma: Tensor) -> _Parts:
-    away = x[:, None, :] - alpha[:, :, None] * q.means
-    inside = _multiply(away, q.transposed)
-    # a square basis leaves only rounding outside, which would show beside a wide component's small answer
-    outside = torch.zeros_like(away) if inside.shape == away.shape else away - _multiply(inside, q.basis)
-    floor = alpha**2 * q.residual + sigma**2
-    return _Parts(outside, floor, inside, alpha[:, :, None] ** 2 * q.spectrum + sigma[:, :, None] ** 2)
-
-
-def _joint(q: _Parameters, parts: _Parts) -> Tensor:
-    """`log w_k + log N(x; alpha mu_k, alpha^2 C_k + sigma^2 I)`, (B, K)."""
-    dim, rank = q.basis.shape[1:]
-    outside = (parts.outside**2).sum(2) / parts.floor + (dim - rank) * parts.floor.log()
-    inside = (parts.inside**2 / parts.spread + parts.spread.log()).sum(2)
-    return q.log_weights - 0.5 * (dim * math.log(2 * math.pi) + outside + inside)
-
-
-def _join(q: _Parameters, parts: _Parts, outside: Tensor, inside: Tensor) -> Tensor:
-    """The distances put together again with a factor for each part: (B, K, D)."""
-    return parts.outside * outside[:, :, None] + _multiply(parts.inside * inside, q.basis)
-
-
-def _multiply(vectors: Tensor, matrices: Tensor) -> Tensor:
-    """The product of (K, n, m) matrices with (B, K, m) vectors: (B, K, n)."""
-    if max(matrices.shape[1:]) > _ROWWISE_DIMENSION:
-        return torch.einsum("bkm,knm->bkn", vectors, matrices)
-    # a matrix product of the library adds in an order that depends on the batch size
-    return (vectors[:, :, None, :] * matrices).sum(3)
-
-
-def _mix(weights: Tensor, vectors: Tensor) -> Tensor:
-    """The sum of (B, K, D) vectors with (B, K) weights: (B, D)."""
-    return (vectors.mT.contiguous() * weights[:, None, :]).sum(2)
-
-
-def _level(value: Scalar, rows: Tensor, name: str) -> Tensor:
-    """A noise level as (B, 1), in the dtype and on the device of the states."""
-    if not isinstance(value, Tensor):
-        return rows.new_full((len(rows), 1), value)
-    if value.ndim and value.shape != (len(rows),):
-        raise ValueError(f"{name} must be a float or of shape ({len(rows)},), got {tuple(value.shape)}")
-    return value.to(rows).reshape(-1, 1).expand(len(rows), 1)
-
-
-def _float64(value: Any, name: str) -> Tensor:
-    """A private copy in main memory: what the caller does to its array later must not reach a frozen mixture."""
-    with torch.inference_mode(False):
-        tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").detach().clone()
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} must be finite, got NaN or Inf")
-    return tensor
 
 
 def _check_weights(weights: Tensor) -> None:
