@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,6 +16,7 @@ from samplers.adaptive_dpm import integrate_dpm
 from samplers.errors import unknown
 from samplers.grid import Grid, allows
 from samplers.plan import Plan
+from samplers.plugins import with_plugins
 from samplers.schedule import Schedule
 from samplers.solvers.ancestral import dpm2_ancestral, dpmpp_2s, edm, euler_ancestral
 from samplers.solvers.consistency import consistency
@@ -29,6 +30,7 @@ from samplers.solvers.sa_solver import sa_solver
 from samplers.solvers.sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, seeds
 from samplers.solvers.unipc import unipc
 
+ENTRY_POINTS = "fewstep.samplers"
 _GIVEN = ("grid", "model", "x_T", "nfe", "callback", "cond")  # arguments of every sampler, which are not options
 
 
@@ -199,17 +201,28 @@ _TABLE = (
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 
 
+@lru_cache(maxsize=1)
+def registered() -> dict[str, Sampler]:
+    """Every sampler by name: those above, and those that installed packages add as entry points of "fewstep.samplers".
+
+    Raises:
+        TypeError, ValueError: an entry point that is not a `Sampler`, or takes a name that there is.
+    """
+    return with_plugins(ENTRY_POINTS, Sampler, SAMPLERS)
+
+
 def get_sampler(name: str) -> Sampler:
     """The registry's entry.
 
     Raises:
         ValueError: an unknown name; the message offers the closest ones.
     """
-    if name not in SAMPLERS:
-        raise unknown("sampler", name, SAMPLERS)
-    return SAMPLERS[name]
+    known = SAMPLERS if name in SAMPLERS else registered()
+    if name not in known:
+        raise unknown("sampler", name, known)
+    return known[name]
 
 
 def list_samplers() -> list[Sampler]:
     """Every sampler, with family, order, stochasticity, calls per step, recommended grid and reference."""
-    return list(SAMPLERS.values())
+    return list(registered().values())

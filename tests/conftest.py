@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.mixture import GaussianMixture
-from samplers import EpsModel, schedules
+from samplers import EpsModel, plugins, schedules
 
 _BETAS = np.linspace(1e-4, 0.02, 1000)
 SCHEDULES = {
@@ -71,3 +71,31 @@ def problem_on():
     from bench.certify.order import problem
 
     return problem
+
+
+class _Point:
+    """An entry point of an installed package."""
+
+    name = "mine"
+
+    def __init__(self, value):
+        self.value = value
+
+    def load(self):
+        return self.value
+
+
+@pytest.fixture
+def add_plugin(monkeypatch):
+    """`add_plugin(group, value, registry)`: a package that adds one value, to a registry that is kept."""
+    kept = []
+
+    def add(group, value, registry):
+        monkeypatch.setattr(plugins, "entry_points", lambda group: [_Point(value)] if group == asked else [])
+        asked = group
+        registry.cache_clear()
+        kept.append(registry)
+
+    yield add
+    for registry in kept:
+        registry.cache_clear()
