@@ -8,65 +8,99 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from bench.features import quantise
+from bench.ranking import TUNED, aggregated, interval
 
 Row = dict[str, Any]
 # Okabe & Ito 2008: told apart by colour-blind readers; with a marker each also in grey print
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
 _MARKERS = "osD^vP*X"
+_LINES: tuple[Any, ...] = ("solid", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 _STUDENT = {"linestyle": (0, (4, 2)), "markersize": 8, "markerfacecolor": "white", "markeredgewidth": 1.6, "zorder": 4}
+_ENTRY = 0.2  # inches of height that a line of the legend takes
 _COLUMNS = 10
 _ENLARGE = 2
+_SCATTER, _DOT = 480, 1.5  # pixels: side of the picture, radius of a point
 
 
-def save_frontier(rows: Sequence[Row], floor: float, title: str, path: Path) -> None:
-    """Distance against network calls on logarithmic axes, one line a sampler, with 95 % intervals.
+def save_frontier(rows: Sequence[Row], floor: float, title: str, *paths: Path) -> None:
+    """Distance against network calls on logarithmic axes, one line a sampler, with 95 % intervals; seeds are averaged.
 
-    Students are dashed lines between large open markers; a cross is a number of calls that one was not trained for.
+    Students are dashed lines between large open markers; a cross is a number of calls that one was not trained for. The same
+    rows give the same bytes.
 
     Args:
         rows: of a run; failed ones are left out.
         floor: distance of real test data; drawn where it is positive.
         title: above the plot.
-        path: of the PNG.
+        paths: of the files, each of which has its suffix's format, such as .png or .svg.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-    done = [row for row in rows if row["status"] == "done"]
-    figure, axes = plt.subplots(figsize=(7.0, 4.6), dpi=200)
-    for k, label in enumerate(dict.fromkeys(row["label"] for row in done if row["role"] == "sampler")):
-        mine = sorted((r for r in done if r["label"] == label and r["role"] == "sampler"), key=lambda r: r["nfe"])
-        x, y = ([row[name] for row in mine] for name in ("nfe", "value"))
-        reach = [[row["value"] - row["low"] for row in mine], [row["high"] - row["value"] for row in mine]]
-        style: dict[str, Any] = {
-            "color": _COLOURS[k % len(_COLOURS)],
-            "marker": _MARKERS[k % len(_MARKERS)],
-            "markersize": 5,
-        }
-        if "trained" in mine[0]:
-            style |= _STUDENT
-        axes.errorbar(x, y, yerr=reach, label=label, capsize=2.5, linewidth=1.4, elinewidth=1.0, **style)
-        untrained = [(row["nfe"], row["value"]) for row in mine if row.get("trained") is False]
-        if untrained:
-            axes.plot(*zip(*untrained, strict=True), "x", color="black", markersize=6, markeredgewidth=1.2, zorder=5)
+    done = [row for row in aggregated(rows) if row["status"] == "done"]
+    labels = list(dict.fromkeys(row["label"] for row in done if row["role"] == "sampler"))
+    # an SVG's names are random without a salt
+    with matplotlib.rc_context({"svg.hashsalt": "fewstep"}):
+        figure, axes = plt.subplots(figsize=(7.0, max(4.6, 1.4 + _ENTRY * (len(labels) + 2))), dpi=200)
+        for k, label in enumerate(labels):
+            _draw_line(axes, [row for row in done if row["label"] == label and row["role"] == "sampler"], k)
+        _draw_levels(axes, done, floor)
+        _finish(axes, done, sorted({row["budget"] for row in rows if row["role"] == "sampler"}), title)
+        figure.tight_layout()
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(figure)
+
+
+def line_style(k: int) -> dict[str, Any]:
+    """Colour, marker and stroke of the k-th line; the first 256 differ, and any eight in a row in colour and marker."""
+    block = k // len(_COLOURS)
+    return {
+        "color": _COLOURS[k % len(_COLOURS)],
+        "marker": _MARKERS[(k + block) % len(_MARKERS)],
+        "linestyle": _LINES[(block + block // len(_MARKERS)) % len(_LINES)],
+        "markersize": 5,
+    }
+
+
+def _draw_line(axes: Any, rows: Sequence[Row], k: int) -> None:
+    mine = sorted(rows, key=lambda row: row["nfe"])
+    ends = [interval(row) for row in mine]
+    x, y = ([row[name] for row in mine] for name in ("nfe", "value"))
+    reach = [
+        [value - low for value, (low, _) in zip(y, ends, strict=True)],
+        [high - value for value, (_, high) in zip(y, ends, strict=True)],
+    ]
+    style = line_style(k)
+    if "trained" in mine[0]:
+        style |= _STUDENT
+    name = mine[0]["label"] + (TUNED if any(row.get("tuned") for row in mine) else "")
+    axes.errorbar(x, y, yerr=reach, label=name, capsize=2.5, linewidth=1.4, elinewidth=1.0, **style)
+    untrained = [(row["nfe"], row["value"]) for row in mine if row.get("trained") is False]
+    if untrained:
+        axes.plot(*zip(*untrained, strict=True), "x", color="black", markersize=6, markeredgewidth=1.2, zorder=5)
+
+
+def _draw_levels(axes: Any, done: Sequence[Row], floor: float) -> None:
     for row in done:
         if row["role"] == "teacher":
-            axes.axhline(
-                row["value"],
-                color="0.35",
-                linestyle="--",
-                linewidth=1.0,
-                label=f"model ({row['label']}, {row['nfe']} calls)",
-            )
+            name = f"model ({row['label']}, {row['nfe']} calls)"
+            axes.axhline(row["value"], color="0.35", linestyle="--", linewidth=1.0, label=name)
     if floor > 0:
         axes.axhline(floor, color="0.6", linestyle=":", linewidth=1.2, label="real test set")
+
+
+def _finish(axes: Any, done: Sequence[Row], ticks: Sequence[int], title: str) -> None:
+    """Axes, ticks at the budgets, grid and legend."""
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
     axes.set(
         xscale="log",
         yscale="log",
@@ -74,7 +108,6 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, path: Path) -> 
         ylabel=done[0]["metric"] if done else "",
         title=title,
     )
-    ticks = sorted({row["budget"] for row in rows if row["role"] == "sampler"})
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -82,10 +115,6 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, path: Path) -> 
     axes.grid(True, which="minor", color="0.95", linewidth=0.4)
     axes.set_axisbelow(True)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.5)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
 
 
 def save_samples(samples: Tensor, path: Path, images: bool) -> None:
@@ -103,27 +132,39 @@ def save_samples(samples: Tensor, path: Path, images: bool) -> None:
         _save_scatter(samples.flatten(1), path)
 
 
-def _tiled(images: Tensor) -> np.ndarray:
+def save_film(states: Tensor, path: Path) -> None:
+    """A picture of the way to samples: a row for each, with at most ten of its states from left to right, the last among them.
+
+    Args:
+        states: (N, frames, C, H, W), of size about 1.
+        path: of the PNG.
+    """
+    frames = states.shape[1]
+    chosen = torch.linspace(0, frames - 1, min(frames, _COLUMNS)).round().long()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(_tiled(quantise(states[:, chosen].flatten(0, 1)), len(chosen))).save(path)
+
+
+def _tiled(images: Tensor, columns: int = _COLUMNS) -> np.ndarray:
     """(N, C, H, W) uint8 as one picture (rows H, columns W[, 3])."""
     count, channels, height, width = images.shape
-    rows = -(-count // _COLUMNS)
-    padded = torch.zeros(rows * _COLUMNS, channels, height, width, dtype=torch.uint8)
+    rows = -(-count // columns)
+    padded = torch.zeros(rows * columns, channels, height, width, dtype=torch.uint8)
     padded[:count] = images
-    picture = padded.view(rows, _COLUMNS, channels, height, width).permute(0, 3, 1, 4, 2)
-    picture = picture.reshape(rows * height, _COLUMNS * width, channels)
+    picture = padded.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    picture = picture.reshape(rows * height, columns * width, channels)
     picture = picture.repeat_interleave(_ENLARGE, 0).repeat_interleave(_ENLARGE, 1)
     return picture.squeeze(-1).numpy() if channels == 1 else picture.numpy()
 
 
 def _save_scatter(points: Tensor, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(3.2, 3.2), dpi=150)
-    axes.scatter(points[:, 0], points[:, min(1, points.shape[1] - 1)], s=6, color=_COLOURS[0], linewidths=0)
-    axes.set_aspect("equal")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    """Points (N, D) by their first two coordinates, on equal axes that hold nearly all of them."""
+    xy = np.stack([points[:, 0].numpy(), points[:, min(1, points.shape[1] - 1)].numpy()], 1).astype(np.float64)
+    middle = np.median(xy, axis=0)
+    reach = 1.1 * max(float(np.quantile(np.abs(xy - middle), 0.99)), 1e-9)
+    pixels = (xy - middle) / reach * (0.5 * _SCATTER) * (1, -1) + 0.5 * _SCATTER
+    picture = Image.new("RGB", (_SCATTER, _SCATTER), "white")
+    draw = ImageDraw.Draw(picture)
+    for x, y in pixels.clip(-_SCATTER, 2 * _SCATTER):
+        draw.ellipse((x - _DOT, y - _DOT, x + _DOT, y + _DOT), fill=_COLOURS[0])
+    picture.save(path)

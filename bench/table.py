@@ -3,66 +3,176 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
+from bench.ranking import (
+    BEYOND,
+    TUNED,
+    UNTRAINED,
+    Best,
+    aggregated,
+    best_of,
+    beyond_model,
+    higher_is_better,
+    interval,
+    measured,
+    metrics_of,
+    of_metric,
+)
+from bench.results import DERIVED, INTERVAL
+
 Row = dict[str, Any]
-_UNTRAINED = "†"
+_WHOLE = ("nfe", "train_images", "evaluations", "guided_evaluations", "sequential_calls")
+_COSTS = {
+    "nfe": "calls",
+    "evaluations": "evaluations",
+    "guided_evaluations": "guided evaluations",
+    "sequential_calls": "sequential calls",
+    "images_per_second": "images/s",
+    DERIVED: "ms/image",
+    "peak_memory_mb": "peak memory (MB)",
+    "energy_joules": "energy (J)",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a table shows of one metric, whatever it is written in.
+
+    Attributes:
+        rows: aggregated ones, of that metric.
+        labels: down.
+        budgets: across.
+        cells: the row at a label and a budget.
+        best: of each budget.
+        beyond: label and budget of those that are better than the model's own many-step run.
+    """
+
+    rows: list[Row]
+    labels: list[str]
+    budgets: list[int]
+    cells: Mapping[tuple[str, int], Row]
+    best: Mapping[int, Best]
+    beyond: set[tuple[str, int]]
+
+    def name(self, label: str) -> str:
+        """The label, with its mark."""
+        return label + (TUNED if any(row.get("tuned") for row in self.rows if row["label"] == label) else "")
+
+    def texts(self, label: str, best: Callable[[str], str], tied: Callable[[str], str]) -> list[str]:
+        """A line's cells, those of the best set written by the two functions."""
+        return [self._text(label, n, best, tied) for n in self.budgets]
+
+    def _text(self, label: str, budget: int, best: Callable[[str], str], tied: Callable[[str], str]) -> str:
+        row = self.cells.get((label, budget))
+        if row is None or row["status"] != "done":
+            return "" if row is None else "failed" if row["status"] == "failed" else "-"
+        text = value_text(row) + marks(row, (label, budget) in self.beyond)
+        mine = self.best[budget]
+        return best(text) if label == mine.label else tied(text) if label in mine.tied else text
+
+
+def layout(rows: Sequence[Row], metric: str | None = None) -> Layout:
+    """The table of a metric, by default the primary one; errors as in `of_metric` and `aggregated`."""
+    found = of_metric(aggregated(rows), metric)
+    mine = [row for row in found if row["role"] == "sampler"]
+    return Layout(
+        found,
+        list(dict.fromkeys(row["label"] for row in mine)),
+        sorted({row["budget"] for row in mine}),
+        {(row["label"], row["budget"]): row for row in mine},
+        best_of(found),
+        beyond_model(found),
+    )
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
-    """One line for each cell with everything that is known of it; options and hashes as columns of their own."""
-    table = pd.json_normalize([{**row, "options": str(row["options"])} for row in rows], sep="_")
-    counts = [name for name in ("nfe", "train_images") if name in table]
-    return table.astype(dict.fromkeys(counts, "Int64"))  # which stay whole where some rows have none
+    """One line for each cell and seed with everything that is known of it; nested parts as columns of their own.
+
+    A further metric is `<metric>`, `<metric>_low`, `<metric>_high` and `<metric>_standard_error`.
+    """
+    table = pd.json_normalize([_flat(row) for row in rows], sep="_")
+    whole = [name for name in _WHOLE if name in table and (table[name].dropna() % 1 == 0).all()]
+    return table.astype(dict.fromkeys(whole, "Int64"))  # which stay whole where some rows have none
 
 
-def winners(rows: Sequence[Row]) -> dict[int, str]:
-    """The label with the smallest distance at each budget."""
-    best: dict[int, Row] = {}
-    for row in _measured(rows):
-        if row["budget"] not in best or row["value"] < best[row["budget"]]["value"]:
-            best[row["budget"]] = row
-    return {budget: row["label"] for budget, row in best.items()}
+def _flat(row: Row) -> Row:
+    flat = {name: value for name, value in row.items() if name != "metrics"}
+    for name, parts in (row.get("metrics") or {}).items():
+        flat |= {name: parts["value"], **{f"{name}_{part}": parts.get(part) for part in INTERVAL}}
+    return {**flat, **_per_image(row), "options": str(row["options"])}
+
+
+def _per_image(row: Row) -> Row:
+    speed = row.get("images_per_second")
+    return {DERIVED: round(1000.0 / speed, 4)} if speed else {}
 
 
 def markdown(rows: Sequence[Row], floor: float, title: str, note: str = "") -> str:
-    """The table of distances, samplers down and budgets across, with the lines a reader needs to judge it."""
-    labels, budgets, cells = _layout(rows)
-    head = ["sampler", *(f"NFE {n}" for n in budgets)]
-    lines = [f"# {title}", "", _md(head), _md(["---", *("---:" for _ in budgets)])]
-    best = winners(rows)
-    for label in labels:
-        texts = [cells.get((label, n), "") for n in budgets]
-        lines.append(
-            _md([label, *(f"**{t}**" if best.get(n) == label else t for t, n in zip(texts, budgets, strict=True))])
-        )
-    return "\n".join([*lines, "", *(f"- {line}" for line in notes(rows, floor, note)), "", *_training(rows)])
+    """The tables of distances, samplers down and budgets across, with the lines a reader needs to judge them, and of costs.
+
+    Args:
+        rows: of a run.
+        floor: distance of real test data; stated where it is positive.
+        title: of the page.
+        note: what every table must say.
+    """
+    lines = [f"# {title}", "", *_distances(layout(rows)), ""]
+    lines += [*(f"- {line}" for line in notes(rows, floor, note)), ""]
+    for name in metrics_of(rows)[1:]:
+        shown = layout(rows, name)
+        lines += [f"## {name}", "", *_distances(shown), "", *(f"- {line}" for line in _metric_notes(shown)), ""]
+    return "\n".join([*lines, *_costs(rows), *_training(rows)])
+
+
+def _distances(shown: Layout) -> list[str]:
+    lines = [_md(["sampler", *(f"NFE {n}" for n in shown.budgets)]), _md(["---", *("---:" for _ in shown.budgets)])]
+    for label in shown.labels:
+        texts = shown.texts(label, lambda text: f"**{text}**", lambda text: f"= {text}")
+        lines.append(_md([shown.name(label), *texts]))
+    return lines
 
 
 def terminal(rows: Sequence[Row], floor: float, title: str, note: str = "") -> Table:
-    """The same table for the terminal; the best of each column is marked."""
-    labels, budgets, cells = _layout(rows)
-    best = winners(rows)
-    table = Table(title=title, caption="\n".join(notes(rows, floor, note)), caption_justify="left", min_width=60)
+    """The first of these tables for the terminal; the best of each column is marked."""
+    shown = layout(rows)
+    caption = "\n".join(notes(rows, floor, note, best="*", tied="="))
+    table = Table(title=title, caption=caption, caption_justify="left", min_width=60)
     table.add_column("sampler", no_wrap=True)
-    for n in budgets:
+    for n in shown.budgets:
         table.add_column(f"NFE {n}", justify="right", no_wrap=True)
-    for label in labels:
-        texts = [cells.get((label, n), "") for n in budgets]
-        table.add_row(
-            label,
-            *(f"[bold green]*{t}[/]" if best.get(n) == label else t for t, n in zip(texts, budgets, strict=True)),
-        )
+    for label in shown.labels:
+        texts = shown.texts(label, lambda text: f"[bold green]*{text}[/]", lambda text: f"[green]={text}[/]")
+        table.add_row(shown.name(label), *texts)
     return table
 
 
+def _costs(rows: Sequence[Row]) -> list[str]:
+    """Lines of a table of what each cell took; columns that no row has are left out."""
+    mine = [{**row, **_per_image(row)} for row in measured(aggregated(rows))]
+    names = [name for name in _COSTS if any(row.get(name) is not None for row in mine)]
+    if not names or names == ["nfe"]:
+        return []
+    head = ["sampler", "budget", *(_COSTS[name] for name in names)]
+    lines = ["## Cost", "", _md(head), _md(["---", *("---:" for _ in head[1:])])]
+    for row in mine:
+        costs = ("" if row.get(name) is None else _amount(row[name]) for name in names)
+        lines.append(_md([row["label"], str(row["budget"]), *costs]))
+    return [*lines, ""]
+
+
+def _amount(value: float) -> str:
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
 def _training(rows: Sequence[Row]) -> list[str]:
-    """Lines of a second table: what the training of each student took, over all phases up to it."""
-    mine = [row for row in _measured(rows) if row.get("trained") and "train_images" in row]
+    """Lines of a table of what the training of each student took, over all phases up to it."""
+    mine = [row for row in measured(aggregated(rows)) if row.get("trained") and "train_images" in row]
     if not mine:
         return []
     head = ["student", "calls", "images", "minutes", "of which"]
@@ -73,41 +183,74 @@ def _training(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def notes(rows: Sequence[Row], floor: float, note: str = "") -> list[str]:
-    """What stands under the table: the suite's note, metric, counts, interval, the model's own distance, floor, failures."""
-    first = rows[0]
+def notes(rows: Sequence[Row], floor: float, note: str = "", best: str = "Bold", tied: str = "=") -> list[str]:
+    """What stands under the table: the suite's note, metric, counts, marks, the model's own distance, floor, failures.
+
+    Args:
+        rows: of a run.
+        floor: distance of real test data; stated where it is positive.
+        note: the suite's.
+        best, tied: how the table marks the best of a column, and what its interval overlaps.
+    """
+    shown = layout(rows)
+    first = shown.rows[0]
+    seeds = max((row.get("seeds", 1) for row in shown.rows), default=1)
+    means = f", mean of {seeds} seeds" if seeds > 1 else ""
     lines = [f"{note[0].upper()}{note[1:]}."] if note else []
     lines += [
-        f"{first['metric']} of {first['num_samples']} samples against the reference statistics, "
+        f"{first['metric']} of {first['num_samples']} samples against the reference statistics{means}, "
         "± half the 95 % interval; smaller is better."
     ]
-    for row in rows:
-        if row["role"] == "teacher" and row["status"] == "done":
-            lines.append(f"The model itself ({row['label']}, {row['nfe']} calls): {_value(row)}.")
+    if any(mine.tied for mine in shown.best.values()):
+        lines.append(f"{best}: the best of a column; {tied}: its 95 % interval overlaps the best one's, a tie.")
+    lines += _own(shown.rows)
     if floor > 0:
         lines.append(f"Floor, real test set against training statistics: {floor:.3g}.")
-    fewer = sorted(
-        {(row["label"], row["budget"], row["nfe"]) for row in _measured(rows) if row["nfe"] != row["budget"]}
-    )
-    if fewer:
+    return [*lines, *_fewer(shown.rows), *_marked(shown), *_guidance(shown.rows), *_unmeasured(rows)]
+
+
+def _own(rows: Sequence[Row]) -> list[str]:
+    return [
+        f"The model itself ({row['label']}, {row['nfe']} calls): {value_text(row)}."
+        for row in rows
+        if row["role"] == "teacher" and row["status"] == "done"
+    ]
+
+
+def _metric_notes(shown: Layout) -> list[str]:
+    higher = higher_is_better(shown.rows[0]["metric"])
+    return [f"{'Larger' if higher else 'Smaller'} is better.", *_own(shown.rows), *_beyond(shown)]
+
+
+def _fewer(rows: Sequence[Row]) -> list[str]:
+    fewer = sorted((row["label"], row["budget"], row["nfe"]) for row in measured(rows) if row["nfe"] != row["budget"])
+    calls = ", ".join(f"{label} {nfe} of {budget}" for label, budget, nfe in fewer)
+    return [f"Calls used where a budget is not a multiple of a step: {calls}."] if fewer else []
+
+
+def _marked(shown: Layout) -> list[str]:
+    """What the marks of this table mean."""
+    lines = []
+    if any(row.get("trained") is False for row in measured(shown.rows)):
         lines.append(
-            "Calls used where a budget is not a multiple of a step: "
-            + ", ".join(f"{a} {c} of {b}" for a, b, c in fewer)
-            + "."
+            f"{UNTRAINED} The student was not trained for this number of calls; it takes the sampler of its plan."
         )
-    if any(row.get("trained") is False for row in _measured(rows)):
-        lines.append(
-            f"{_UNTRAINED} The student was not trained for this number of calls; it takes the sampler of its plan."
-        )
-    lines += _guidance(rows) + _absent(rows)
-    failed = [f"{row['label']} at {row['budget']}: {row['reason']}" for row in rows if row["status"] == "failed"]
-    return [*lines, *(f"Failed: {text}" for text in failed)]
+    tuned: dict[str, list[str]] = {}
+    for row in shown.rows:
+        if row.get("tuned"):
+            tuned.setdefault(row["tuned"], []).append(row["label"])
+    for why, labels in tuned.items():
+        lines.append(f"{TUNED} {', '.join(dict.fromkeys(labels))}: {why}.")
+    return lines + _beyond(shown)
+
+
+def _beyond(shown: Layout) -> list[str]:
+    text = f"{BEYOND} Better than the model itself: between such rows the model, not the sampler, is ranked."
+    return [text] if shown.beyond else []
 
 
 def _guidance(rows: Sequence[Row]) -> list[str]:
-    weights = {
-        row["label"]: row["inputs"]["guidance"] for row in _measured(rows) if "guidance" in row.get("inputs", {})
-    }
+    weights = {row["label"]: row["inputs"]["guidance"] for row in measured(rows) if "guidance" in row.get("inputs", {})}
     return (
         [f"Guidance weight: {', '.join(f'{label} {weight:g}' for label, weight in weights.items())}."]
         if weights
@@ -115,36 +258,46 @@ def _guidance(rows: Sequence[Row]) -> list[str]:
     )
 
 
-def _absent(rows: Sequence[Row]) -> list[str]:
+def _unmeasured(rows: Sequence[Row]) -> list[str]:
+    """Absent and missing cells by reason, and every failure."""
     absent: dict[tuple[str, str], list[int]] = {}
     for row in rows:
-        if row["status"] == "absent":
+        if row["status"] not in ("done", "failed"):
             absent.setdefault((row["label"], row["reason"]), []).append(row["budget"])
-    return [f"Not measured: {who} at {', '.join(map(str, at))}; {why}." for (who, why), at in absent.items()]
+    lines = [
+        f"Not measured: {who} at {', '.join(map(str, dict.fromkeys(at)))}; {why}." for (who, why), at in absent.items()
+    ]
+    failed = [row for row in rows if row["status"] == "failed"]
+    several = len({row.get("seed") for row in rows}) > 1
+    for row in failed:
+        seed = f" with seed {row['seed']}" if several and "seed" in row else ""
+        lines.append(f"Failed: {row['label']} at {row['budget']}{seed}: {row['reason']}")
+    return lines
 
 
-def _measured(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["role"] == "sampler" and row["status"] == "done"]
+def marks(row: Row, beyond: bool) -> str:
+    """The marks beside a row's number."""
+    return (UNTRAINED if row.get("trained") is False else "") + (BEYOND if beyond else "")
 
 
-def _layout(rows: Sequence[Row]) -> tuple[list[str], list[int], dict[tuple[str, int], str]]:
-    mine = [row for row in rows if row["role"] == "sampler"]
-    labels, budgets = list(dict.fromkeys(row["label"] for row in mine)), sorted({row["budget"] for row in mine})
-    return labels, budgets, {(row["label"], row["budget"]): _text(row) for row in mine}
+def halves(row: Row) -> tuple[str, str]:
+    """The value and half its interval, to the digit where the interval has its second; no half where there is none.
+
+    The lower half may be cut off at 0, so that the longer one counts.
+    """
+    low, high = interval(row)
+    half = max(high - row["value"], row["value"] - low)
+    if half <= 0:
+        return f"{row['value']:.3f}" if row.get("high") is not None else f"{row['value']:.4g}", ""
+    digits = max(0, 1 - math.floor(math.log10(half)))
+    return f"{row['value']:.{digits}f}", f"{half:.{digits}f}"
 
 
-def _text(row: Row) -> str:
-    if row["status"] == "done":
-        return _value(row) + (_UNTRAINED if row.get("trained") is False else "")
-    return "-" if row["status"] == "absent" else "failed"
-
-
-def _value(row: Row) -> str:
-    """The distance and half its interval, to the digit where the interval has its second."""
-    half = 0.5 * (row["high"] - row["low"])
-    digits = max(0, 1 - math.floor(math.log10(half))) if half > 0 else 3
-    return f"{row['value']:.{digits}f} ± {half:.{digits}f}"
+def value_text(row: Row) -> str:
+    """The value ± half its interval."""
+    value, half = halves(row)
+    return f"{value} ± {half}" if half else value
 
 
 def _md(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

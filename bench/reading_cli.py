@@ -1,0 +1,261 @@
+"""The commands that read results: `fewstep pick`, `diff`, `merge`, and `doctor` for a distance that two people disagree on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.command import plain_errors
+
+_ROOT = Path(__file__).parent.parent
+_WIDE = 140  # columns
+_PATH = click.Path(path_type=Path)
+_METRIC = click.option("--metric", help="A metric of the table; by default its primary distance.")
+
+
+@click.command()
+@click.option("--budget", type=click.IntRange(min=1), required=True, help="Network calls that a sample may take.")
+@click.option("--results", type=_PATH, help="Results folder; by default results/MODEL, as shipped for mnist.")
+@click.option("--model", help="Whose results to read, and on whose schedule the plan is made; by default mnist.")
+@_METRIC
+@click.option("--out", type=_PATH, help="JSON file for the sampler's plan.")
+@plain_errors
+def pick(budget: int, results: Path | None, model: str | None, metric: str | None, out: Path | None) -> None:
+    """Say which sampler to use within a BUDGET of network calls, by measured results, and how sure that is."""
+    from bench.ranking import choose
+    from bench.results import read_rows
+
+    rows = read_rows(results or _results_of(model or "mnist"))
+    mine = [row for row in rows if row.get("model") == model]  # of several models in one table
+    choice = choose(mine or rows, budget, metric)
+    _show_choice(choice, mine or rows, budget)
+    if out is not None:
+        from bench.store import write_text
+
+        plan, remark = _plan(choice.row, model or choice.row["model"])
+        write_text(out, plan.to_json() + "\n")
+        click.echo(f"plan: {out}{remark}")
+
+
+@click.command()
+@click.argument("a", type=_PATH)
+@click.argument("b", type=_PATH)
+@_METRIC
+@click.option("--fail", is_flag=True, help="Exit code 1 where a difference is significant.")
+@plain_errors
+def diff(a: Path, b: Path, metric: str | None, fail: bool) -> None:
+    """Compare the results folders A and B cell by cell: B less A, and whether that is more than chance."""
+    from bench.compare import compare, diff_notes, diff_table
+    from bench.results import read_rows
+
+    found = compare(read_rows(a), read_rows(b), metric)
+    console = _console()
+    console.print(diff_table(found, str(a), str(b)))
+    for line in diff_notes(found, str(a), str(b)):
+        console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+    if fail and found.significant:
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("folders", type=_PATH, nargs=-1, required=True)
+@click.option("--out", type=_PATH, required=True, help="New results folder.")
+@plain_errors
+def merge(folders: tuple[Path, ...], out: Path) -> None:
+    """Make one results folder of several FOLDERS, such as the shards of a run; they stay as they are."""
+    from bench.merge import merge as run
+
+    rows = run(folders, out)
+    done = sum(row["status"] == "done" for row in rows)
+    click.echo(f"{done} measured rows of {len(rows)} -> {out}")
+
+
+@click.command()
+@click.argument("source", type=_PATH)
+@click.option("--claim", required=True, help="The distance that somebody states, with its digits: 3.17.")
+@click.option("--count", type=click.IntRange(min=2), help="Samples behind the claim, where that is known.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Of the claimant; by default usual ones are tried.")
+@click.option("--judge", type=_PATH, help="Folder of a judge; by default the shipped one, of digits.")
+@click.option("--also", type=_PATH, multiple=True, help="Folder of a judge that may be behind the claim; repeatable.")
+@click.option("--row", "label", help="Of a table: the sampler's row.")
+@click.option("--budget", type=click.IntRange(min=1), help="Of a table: the column.")
+@plain_errors
+def doctor(
+    source: Path,
+    claim: str,
+    count: int | None,
+    batch_size: int | None,
+    judge: Path | None,
+    also: tuple[Path, ...],
+    label: str | None,
+    budget: int | None,
+) -> None:
+    """Look for the reason why SOURCE does not give the claimed distance.
+
+    SOURCE is images (a folder, zip, npz or Parquet file), or a table.csv or results folder with --row and --budget.
+    """
+    from bench.doctor import Claim, examine, examine_row, load_examiner
+
+    stated, examiner = Claim.of(claim, count), load_examiner(judge)
+    table = source.suffix == ".csv" or (source / "table.csv").is_file()
+    if table:
+        row, rows = _row_of(source, label, budget)
+        click.echo(f"{row['label']} at {row['budget']}: {row['metric']} of {row['num_samples']} samples, a table's row")
+        findings = list(examine_row(row, rows, stated, examiner))
+    else:
+        if label is not None or budget is not None:
+            raise ValueError("--row and --budget are for a table.csv; SOURCE has images")
+        from bench.data import load_images
+
+        images = load_images(source).images
+        click.echo(_seen(images, examiner.extractor.shape))
+        findings = list(examine(images, stated, examiner, [load_examiner(folder) for folder in also], batch_size))
+    _show_findings(findings, stated, examiner.extractor.name)
+
+
+def _console() -> Any:
+    """Of the terminal; into a file or a pipe as wide as the tables want to be."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def _results_of(model: str) -> Path:
+    """results/MODEL here, or as it is shipped."""
+    here, shipped = Path("results") / model, _ROOT / "results" / model
+    if not here.exists() and not shipped.exists():
+        raise FileNotFoundError(f"there are no results of {model!r} in {here}; give --results FOLDER")
+    return here if here.exists() else shipped
+
+
+def _show_choice(choice: Any, rows: Sequence[Any], budget: int) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from bench.ranking import BEYOND, TUNED, aggregated, beyond_model, of_metric
+    from bench.table import value_text
+
+    row, name = choice.row, choice.row["metric"]
+    table = Table(title=f"within {budget} calls", title_justify="left")
+    table.add_column("sampler", no_wrap=True)
+    for column in ("calls", name, "probability of being best"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for other, chance in zip(choice.candidates, choice.chances, strict=True):
+        mark = "=" if other in choice.tied else ""
+        style = "bold green" if other is row else "green" if mark else ""
+        cells = [other["label"], str(other["nfe"]), mark + value_text(other), _percent(chance)]
+        table.add_row(*map(escape, cells), style=style)
+    console = _console()
+    console.print(table)
+    beyond = beyond_model(of_metric(aggregated(rows), name))
+    lines = [
+        f"use: {row['label']} with {row['nfe']} calls, {name} {value_text(row)} of {row['num_samples']} samples",
+        f"how sure: {_percent(choice.chances[0])} that it is really the best, by independent normal errors",
+    ]
+    if choice.tied:
+        names = ", ".join(other["label"] for other in choice.tied)
+        lines.append(f"tied (=), the 95 % intervals overlap: {names}")
+    if choice.cheaper is not None:
+        other = choice.cheaper
+        lines.append(f"better with fewer calls: {other['label']} with {other['nfe']}, {value_text(other)}")
+    if (row["label"], row["budget"]) in beyond:
+        lines.append(f"{BEYOND} it is better than the model itself: here the model, not the sampler, is ranked")
+    if row.get("tuned"):
+        lines.append(f"{TUNED} {row['tuned']}")
+    lines.append(f"in Python: {_call(row)}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _percent(chance: float) -> str:
+    return "> 99.9 %" if chance > 0.999 else "< 0.1 %" if chance < 0.001 else f"{100 * chance:.1f} %"
+
+
+def _arguments(row: Any) -> dict[str, Any]:
+    """A row's arguments of `make_plan`, those at their default left out."""
+    given = {"grid": row.get("grid"), "final": row.get("final"), "afs": row.get("afs")}
+    return {"nfe": row["budget"], **{name: value for name, value in given.items() if value}, **row["options"]}
+
+
+def _call(row: Any) -> str:
+    from bench.cells import STUDENT
+
+    if row["sampler"] == STUDENT:
+        return f"distill.load_student({row['model']!r}).sample({row['nfe']}, ...)"
+    given = ", ".join(f"{name}={value!r}" for name, value in _arguments(row).items())
+    return f"samplers.sample(model, {row['sampler']!r}, {given})"
+
+
+def _plan(row: Any, model: str) -> tuple[Any, str]:
+    """The plan of a row on a model's schedule, and a remark where it is not the one that was measured.
+
+    Raises:
+        ValueError: an error-controlled sampler, which has no plan, or a model that is not there.
+    """
+    import hashlib
+
+    from bench.cells import STUDENT
+    from bench.zoo import load_network
+    from samplers import make_plan
+    from samplers.registry import get_sampler
+
+    if row["sampler"] == STUDENT:
+        return load_network(row["model"], "cpu", "fp32").plans[row["nfe"]], ""
+    if get_sampler(row["sampler"]).adaptive:
+        raise ValueError(f"{row['label']} chooses its steps while it runs and has no plan; leave --out away")
+    plan = make_plan(row["sampler"], load_network(model, "cpu", "fp32").model.schedule, **_arguments(row))
+    same = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16] == row.get("plan_hash")
+    return (
+        plan,
+        "" if same else f" (its hash is not the measured plan's: another model than {model}, version or processor)",
+    )
+
+
+def _row_of(source: Path, label: str | None, budget: int | None) -> tuple[Any, list[Any]]:
+    """The row of a table that a claim is about, and all of its rows."""
+    from bench.ranking import aggregated, measured
+    from bench.results import read_rows
+    from samplers.errors import unknown
+
+    rows = aggregated(read_rows(source))
+    mine = measured(rows)
+    if label is None or budget is None:
+        raise ValueError("of a table the doctor needs --row and --budget")
+    if label not in (labels := [row["label"] for row in mine]):
+        raise unknown("row", label, set(labels))
+    mine = [row for row in mine if row["label"] == label]
+    if budget not in (budgets := [row["budget"] for row in mine]):
+        raise ValueError(f"budget must be one of {', '.join(map(str, budgets))} for {label}, got {budget}")
+    return next(row for row in mine if row["budget"] == budget), rows
+
+
+def _seen(images: Any, shape: tuple[int, int, int]) -> str:
+    count, channels, height, width = images.shape
+    text = f"{count} images, {channels} x {height} x {width}, levels {images.min()} to {images.max()}"
+    return text if (height, width) == shape[1:] else f"{text}; {shape[1]} x {shape[2]} for the judge, bicubic"
+
+
+def _show_findings(findings: Sequence[Any], claim: Any, extractor: str) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from bench.doctor import EXACT, NO, diagnosis
+
+    table = Table(title=f"fd_{extractor}, and the claim {claim.value:g}", title_justify="left")
+    for name in ("kind", "hypothesis"):
+        table.add_column(name)
+    for name in ("distance", "± 95 %", "- claim"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for found in findings:
+        off = f"{found.distance - claim.value:+.4g}"
+        cells = [found.family, found.name, f"{found.distance:.5g}", f"{found.half:.2g}", off, found.verdict]
+        style = "bold green" if found.verdict == EXACT else "" if found.verdict == NO else "green"
+        table.add_row(*map(escape, cells), style=style)
+    console = _console()
+    console.print(table)
+    console.print(diagnosis(findings, claim), markup=False, highlight=False, soft_wrap=True)
