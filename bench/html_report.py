@@ -1,0 +1,178 @@
+"""The offline report: one HTML page of charts, tables and pictures that asks nothing of a network.
+
+What the page says is computed in `bench.report_page.data`; its scripts only draw it. Everything that comes from a row is text
+by the time it is in the page: escaped in the markup, and in the data block without a character that could end it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Collection, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from bench.report_page.data import report_data
+from bench.store import write_text
+
+Row = dict[str, Any]
+_FILE = "report.html"
+_SCRIPTS = ("dom.js", "scale.js", "marks.js", "chart.js", "panel.js", "table.js", "samples.js", "main.js")
+_PICTURE_LIMIT = 64 * 2**20  # bytes of all pictures; a page much beyond opens slowly
+_FACTS = ("metric", "num_samples", "model", "model_hash", "dtype", "device", "threads")
+
+
+def write_html_report(
+    rows: Sequence[Row],
+    floor: float,
+    title: str,
+    provenance: dict[str, Any],
+    out: Path,
+    note: str = "",
+    higher_is_better: Collection[str] = (),
+) -> Path:
+    """Write `out/report.html`, one file that needs no other and no network.
+
+    Pictures are taken from `out/samples`: `<label>-nfe<budget>.png` and, of the way there, `<label>-nfe<budget>-path.png`;
+    of the model itself `teacher-nfe<budget>.png`, else those of the sampler that runs the same plan.
+
+    Args:
+        rows: of a run; the seeds of a sampler at a budget become one point of the charts.
+        floor: primary distance of real test data; drawn where it is positive.
+        title: of the page.
+        provenance: what made the run; shown as it is.
+        out: folder of the run.
+        note: what a reader should know of the whole run.
+        higher_is_better: names of further metrics of which this is so.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: no rows, or rows of two primary metrics.
+    """
+    names = {row["metric"] for row in rows if "metric" in row}
+    if len(names) != 1:
+        raise ValueError(f"rows must be at least one, all of the same metric, got {len(rows)} of {sorted(names)}")
+    data = report_data(rows, floor, title, provenance, note, higher_is_better)
+    data["left_out"] = _add_pictures(data["points"], rows, out / "samples")
+    write_text(out / _FILE, _page(data))
+    return out / _FILE
+
+
+def _add_pictures(points: Sequence[Row], rows: Sequence[Row], samples: Path) -> int:
+    """Give each point its pictures as data URIs, or None; returns how many did not fit into the page."""
+    plans = {rows[p["rows"][0]].get("plan_hash"): p["label"] for p in points if p["role"] == "sampler"}
+    stored = {path.relative_to(samples).as_posix(): path for path in samples.rglob("*.png")}
+    room, left_out = _PICTURE_LIMIT, 0
+    for point in points:
+        stems = [point["label"]]
+        if point["role"] == "teacher":
+            stems = ["teacher", *filter(None, [plans.get(rows[point["rows"][0]].get("plan_hash"))])]
+        for name, ending in (("picture", ""), ("path", "-path")):
+            found = (stored.get(f"{stem}-nfe{point['budget']}{ending}.png") for stem in stems)
+            path = next(filter(None, found), None)
+            content = path.read_bytes() if path else b""
+            if len(content) > room:
+                content, left_out = b"", left_out + 1
+            room -= len(content)
+            point[name] = "data:image/png;base64," + base64.b64encode(content).decode() if content else None
+    return left_out
+
+
+def _page(data: Mapping[str, Any]) -> str:
+    source = files("bench") / "report_page"
+    style, template = ((source / name).read_text(encoding="utf-8") for name in ("report.css", "template.html"))
+    script = "\n".join((source / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    page = Template(template).substitute(
+        title=html.escape(data["title"]),
+        note=_note(data["note"]),
+        facts=_facts(data),
+        style=style,
+        style_hash=_hash(style),
+        script=script,
+        script_hash=_hash(script),
+        matrices="\n".join(_matrix(data, metric) for metric in data["metrics"]),
+        plain_table=_plain_table(data),
+        data=embedded_json(data),
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate in a label has no UTF-8
+
+
+def embedded_json(data: Any) -> str:
+    """JSON for a <script> block of HTML: ASCII, without the characters that could end the block, and never a NaN."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _hash(source: str) -> str:
+    """As a content security policy names the one style and the one script that may run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def _note(note: str) -> str:
+    return f'<p class="note">{html.escape(note)}</p>' if note else ""
+
+
+def _facts(data: Mapping[str, Any]) -> str:
+    """What holds for all rows, the model's own distance and the floor, as a list of terms."""
+    rows, primary = data["rows"], data["metrics"][0]
+    shared = {name: {str(row[name]) for row in rows if row.get(name) not in (None, "")} for name in _FACTS}
+    facts = {name.replace("_", " "): values.pop() for name, values in shared.items() if len(values) == 1}
+    facts["seeds"] = ", ".join(sorted({str(row["seed"]) for row in rows if row.get("seed") is not None}))
+    if model := primary["model"]:
+        facts["the model itself"] = f"{model['text']} ({model['label']}, {model['nfe']:g} calls)"
+    if primary["floor"]:
+        facts["real test set"] = f"{primary['floor']:.3g}"
+    items = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items() if v)
+    return "\n".join(items)
+
+
+def _matrix(data: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+    """Samplers down and budgets across, as a paper prints it; without scripts the tables of all metrics are shown."""
+    name, budgets = metric["name"], data["budgets"]
+    cells = {(p["label"], p["budget"]): p for p in data["points"] if p["role"] == "sampler"}
+    head = "".join(f'<th scope="col">NFE {n}</th>' for n in budgets)
+    lines = [
+        f'<tr><th scope="row">{html.escape(label)}</th>{"".join(_cell(cells.get((label, n)), name) for n in budgets)}</tr>'
+        for label in (sampler["label"] for sampler in data["samplers"])
+    ]
+    way = "larger" if metric["higher"] else "smaller"
+    return (
+        f'<table class="matrix" data-metric="{html.escape(name)}"><caption>{html.escape(name)}, {way} is better</caption>'
+        f'<thead><tr><th scope="col">sampler</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    )
+
+
+def _cell(point: Mapping[str, Any] | None, metric: str) -> str:
+    if point is None:
+        return "<td></td>"
+    if metric not in point["metrics"]:
+        text = "failed" if point["status"] == "failed" else "\N{EN DASH}"
+        return f'<td class="{html.escape(point["status"])} none" title="{html.escape(point["reason"])}">{text}</td>'
+    entry = point["metrics"][metric]
+    value, _, half = entry["text"].partition(" \N{PLUS-MINUS SIGN} ")
+    half = f" <small>\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}{half}</small>" if half else ""
+    signs = ("\N{DAGGER}" if point["untrained"] else "") + ("\N{DOUBLE DAGGER}" if point["tuned"] else "")
+    below = "\N{WHITE DOWN-POINTING SMALL TRIANGLE}" if entry["below_model"] else ""
+    kind = " ".join(filter(None, [entry["mark"], "below" if below else ""]))
+    return f'<td class="{kind}"><span>{value}</span>{half}<sup>{signs}{below}</sup></td>'
+
+
+def _plain_table(data: Mapping[str, Any]) -> str:
+    """Every row as given, for readers without scripts."""
+    names = ("label", "role", "budget", "nfe", "seed", "value", "low", "high", "images_per_second", "status", "reason")
+    head = "".join(f'<th scope="col">{name.replace("_", " ")}</th>' for name in names)
+    lines = (
+        "<tr>" + "".join(f"<td>{html.escape(_short(row.get(name)))}</td>" for name in names) + "</tr>"
+        for row in data["rows"]
+    )
+    return f'<table class="plain"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
