@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from bench.store import code_fingerprint
-from bench.students import inputs_of, load_students, training_cost
+from bench.judging import Metric, get_metric
+from bench.store import code_fingerprint, key_of
+from bench.students import check_alike, inputs_of, load_students, training_cost
 from bench.suite import SamplerSpec, Spec, StudentSpec, Suite
-from bench.zoo import BenchModel
+from bench.zoo import BenchModel, judged, load_network
 from distill.student import nearest
 from samplers import Plan, make_plan
 from samplers.registry import get_sampler
@@ -34,6 +36,9 @@ class Cell:
         problem: why there is no plan, else "".
         inputs: what the network takes beside state, time and label.
         trained: of a student, whether it was trained for this budget.
+        num_samples, seed, metrics: the suite's, the seed being one of its seeds.
+        batch_size: the suite's, where the samples depend on it, as those of an error-controlled sampler do; else 0.
+        solution: what identifies the many-step run that the cell is compared with; "" where it is with none.
     """
 
     spec: Spec
@@ -44,6 +49,11 @@ class Cell:
     problem: str = ""
     inputs: Mapping[str, float] = field(default_factory=dict)
     trained: bool | None = None
+    num_samples: int = 0
+    seed: int = 0
+    metrics: tuple[str, ...] = ()
+    batch_size: int = 0
+    solution: str = ""
 
     @property
     def calls(self) -> int:
@@ -51,9 +61,32 @@ class Cell:
         return self.nfe if self.plan is None else self.plan.nfe
 
     @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise on the way; an error-controlled sampler does not."""
+        return self.plan is not None and self.plan.stochastic
+
+    @property
+    def is_solution(self) -> bool:
+        """Whether other cells are compared with its samples."""
+        return self.role == "teacher" and any(get_metric(name).follows_the_path for name in self.metrics)
+
+    @property
+    def further(self) -> list[Metric]:
+        """The metrics that it has beside the distance: those that follow the many-step solution only where it does."""
+        follows = self.role == "sampler" and not self.stochastic
+        chosen = [get_metric(name) for name in self.metrics]
+        return [metric for metric in chosen if follows or not metric.follows_the_path]
+
+    @property
+    def follows(self) -> bool:
+        """Whether its samples are compared with those of the many-step solution."""
+        return any(metric.follows_the_path for metric in self.further)
+
+    @property
     def file_name(self) -> str:
         """Of the cell's picture."""
-        return f"{self.spec.label}-nfe{self.nfe}.png" if self.role == "sampler" else f"teacher-nfe{self.nfe}.png"
+        name = self.spec.label if self.role == "sampler" else "teacher"
+        return f"{name}-nfe{self.nfe}{f'-seed{self.seed}' if self.seed else ''}.png"
 
     @property
     def absent(self) -> bool:
@@ -76,20 +109,28 @@ class Cell:
 
 
 def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
-    """The cells of a suite, cheapest budget first, the teacher last, each with its plan or the reason it has none.
+    """The cells of a suite, cheapest budget first, each with its plan or the reason it has none.
+
+    The teacher is last, or first where the others are compared with its samples.
 
     Args:
         suite: what to measure.
         model: the suite's, on `device`.
-        device: of the students' networks.
+        device: of the networks of students and of rows with a model of their own.
 
     Raises:
-        ValueError: students that cannot be loaded, or do not fit the model, or a guidance weight that none takes.
+        ValueError: models or students that cannot be loaded, or do not fit the suite's model, or a guidance weight that
+            none takes.
     """
+    own = {
+        spec.model: _beside(spec.model, model, device)
+        for spec in suite.samplers
+        if isinstance(spec, SamplerSpec) and spec.model is not None
+    }
     students = {
         spec.label: load_students(spec, model, device) for spec in suite.samplers if isinstance(spec, StudentSpec)
     }
-    networks = [model, *(student for found in students.values() for student in found.values())]
+    networks = [model, *own.values(), *(student for found in students.values() for student in found.values())]
     if suite.guidance is not None and not any(_guided(network) for network in networks):
         raise ValueError(f"guidance={suite.guidance:g} is given, but no network of suite {suite.name!r} takes a weight")
     for network in networks:
@@ -98,12 +139,48 @@ def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
     cells = [
         _student_cell(suite, model, spec, nfe, students[spec.label])
         if isinstance(spec, StudentSpec)
-        else _sampler_cell(suite, model, spec, nfe, "sampler")
+        else _sampler_cell(suite, own[spec.model] if spec.model else model, spec, nfe, "sampler")
         for nfe in suite.nfe
         for spec in suite.samplers
     ]
     teacher = SamplerSpec(**suite.teacher.model_dump(exclude={"nfe"}))
-    return [*cells, _sampler_cell(suite, model, teacher, suite.teacher.nfe, "teacher")]
+    many_steps = _sampler_cell(suite, model, teacher, suite.teacher.nfe, "teacher")
+    _check_metrics(suite, model, many_steps)
+    seeded = [[_seeded(cell, suite, seed, many_steps) for seed in suite.seeds] for cell in (*cells, many_steps)]
+    if seeded[-1][0].is_solution:
+        seeded = [seeded[-1], *seeded[:-1]]
+    return [cell for group in seeded for cell in group]
+
+
+def _seeded(cell: Cell, suite: Suite, seed: int, many_steps: Cell) -> Cell:
+    """A cell with what the suite says of every cell."""
+    batch_size = suite.batch_size if cell.plan is None and not cell.problem else 0
+    seeded = replace(cell, seed=seed, num_samples=suite.num_samples, metrics=suite.metrics, batch_size=batch_size)
+    if not seeded.follows:
+        return seeded
+    settings_of = {**_sampler(many_steps.spec, many_steps.model), "nfe": many_steps.nfe}  # type: ignore[arg-type]
+    solution = {"model_hash": many_steps.model.hash, "plan_hash": _plan_hash(many_steps), **settings_of}
+    return replace(seeded, solution=key_of(solution))
+
+
+def _check_metrics(suite: Suite, model: BenchModel, many_steps: Cell) -> None:
+    """Raise ValueError for a metric that the judge or the many-step run does not allow."""
+    for metric in map(get_metric, suite.metrics):
+        if "probabilities" in metric.needs and model.judge.probabilities is None:
+            raise ValueError(
+                f"metric {metric.name!r} needs class probabilities, which the judge {model.judge.metric} does not give"
+            )
+        if metric.follows_the_path and many_steps.stochastic:
+            raise ValueError(
+                f"metric {metric.name!r} compares with the many-step run, and teacher {many_steps.spec.label} is stochastic"
+            )
+
+
+def _beside(name: str, model: BenchModel, device: str) -> BenchModel:
+    """A row's own model, judged as the suite's."""
+    other = judged(load_network(name, device, model.dtype), model.judge)
+    check_alike(f"model {name!r}", other, model)
+    return other
 
 
 def _guided(model: BenchModel) -> bool:
@@ -145,21 +222,20 @@ def settings(spec: SamplerSpec) -> dict[str, Any]:
     return {"grid": spec.grid, "final": spec.final, "afs": spec.afs, **spec.options}
 
 
-def identity(cell: Cell, suite: Suite, device: str) -> Row:
-    """Everything that makes the cell's number what it is; a change in any of it is another cell.
+def identity(cell: Cell, device: str) -> Row:
+    """Everything that makes the cell's number what it is, as JSON gives it back; a change in any of it is another cell.
 
     A student is known by its weights and not by its folder or its row, so that it is measured once wherever it stands.
     """
     model = cell.model
-    plan_hash = hashlib.sha256(cell.plan.to_json().encode()).hexdigest()[:16] if cell.plan else ""
     what = _student(cell) if isinstance(cell.spec, StudentSpec) else _sampler(cell.spec, model)
-    return {
+    made_by = {
         **what,
         "model_hash": model.hash,
         "budget": cell.nfe,
-        "plan_hash": plan_hash,
-        "num_samples": suite.num_samples,
-        "seed": suite.seed,
+        "plan_hash": _plan_hash(cell),
+        "num_samples": cell.num_samples,
+        "seed": cell.seed,
         "metric": model.judge.metric,
         "hashes": dict(model.judge.hashes),
         "dtype": model.dtype,
@@ -167,7 +243,15 @@ def identity(cell: Cell, suite: Suite, device: str) -> Row:
         "torch": torch.__version__,
         "code": code_fingerprint(),
         **({"inputs": dict(cell.inputs)} if cell.inputs else {}),
+        **({"further": sorted(metric.name for metric in cell.further)} if cell.further else {}),
+        **({"solution": cell.solution} if cell.solution else {}),
+        **({"batch_size": cell.batch_size} if cell.batch_size else {}),
     }
+    return json.loads(json.dumps(made_by))  # tuples are lists there
+
+
+def _plan_hash(cell: Cell) -> str:
+    return hashlib.sha256(cell.plan.to_json().encode()).hexdigest()[:16] if cell.plan else ""
 
 
 def _sampler(spec: SamplerSpec, model: BenchModel) -> Row:

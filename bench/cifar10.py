@@ -28,13 +28,14 @@ from bench.build_assets import build_statistics, describe
 from bench.classifier_training import ClassifierTraining, train_classifier
 from bench.command import checked_device, plain_errors, resumable
 from bench.data import ImageData, load_images
+from bench.engine import run_suite
 from bench.evaluate import evaluator
 from bench.features import load_extractor, save_extractor
+from bench.judge import FEATURES, MOMENTS
 from bench.report import write_results
-from bench.run import run_suite
 from bench.suite import load_suite
 from bench.table import terminal
-from bench.zoo import FEATURES, MOMENTS, load_model
+from bench.zoo import load_model
 from distill.checkpoint import load_checkpoint, save_checkpoint
 from distill.config import default_dtype
 from distill.methods import load_config, make_method

@@ -55,3 +55,27 @@ def checked_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return name
+
+
+def names_in(option: str, text: str) -> list[str]:
+    """Names separated by commas.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"{option} takes names separated by commas, got {text!r}")
+    return names
+
+
+def integers_in(option: str, text: str) -> list[int]:
+    """Integers separated by commas.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} takes integers separated by commas, got {text!r}") from error

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.judge import DIGITS, digit_judge
 from bench.metrics import Moments, frechet_distance
+from bench.network import Network, on_device
 from bench.plots import save_samples
-from bench.students import inputs_of, run_student
-from bench.zoo import DIGITS, Network, digit_judge, on_device
+from bench.students import inputs_of, run_network
 from distill.checkpoint import Checkpoint
 from distill.config import default_dtype
 from samplers import Plan, make_plan
@@ -56,4 +57,4 @@ def evaluator(folder: Path, samples: int, device: str) -> Callable[[Checkpoint, 
 def _sample(network: Network, plan: Plan, count: int, device: str) -> Tensor:
     """Images (count, C, H, W), on the CPU."""
     inputs, parts = inputs_of(network, plan.nfe), torch.arange(count).split(_BATCH)
-    return torch.cat([run_student(network, plan, inputs, seed=_SEED, indices=part.to(device)).cpu() for part in parts])
+    return torch.cat([run_network(network, plan, inputs, seed=_SEED, indices=part.to(device)).cpu() for part in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import resource
 import subprocess
@@ -23,9 +24,23 @@ Row = dict[str, Any]
 def peak_memory_mb(device: str) -> float:
     """Peak resident memory of the process so far, or of the accelerator's allocator."""
     if torch.device(device).type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
+def energy_joules(device: str) -> float:
+    """What the accelerator has used since its driver was loaded, where NVML counts it; else 0."""
+    if torch.device(device).type != "cuda" or importlib.util.find_spec("pynvml") is None:
+        return 0.0
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000.0
+    except pynvml.NVMLError:  # older cards do not count it
+        return 0.0
 
 
 def provenance(suite: Suite, model: BenchModel, device: str, rows: Sequence[Row]) -> Row:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from bench.blocks import Blocks
+
 _ROOT = Path(__file__).parent.parent
 # the sources that can change a number; a solver's own code is covered by the hash of the plan it makes
 _SOURCES = (
-    *("samplers/execute.py", "samplers/program.py", "samplers/model.py", "samplers/noise.py", "samplers/adaptive.py"),
-    *("bench/features.py", "bench/metrics.py", "bench/mixture.py", "bench/zoo.py", "bench/students.py"),
-    "distill/network.py",
+    *("samplers/execute.py", "samplers/program.py", "samplers/model.py", "samplers/noise.py", "samplers/compiled.py"),
+    *("samplers/adaptive.py", "samplers/adaptive_dpm.py", "samplers/solvers/exponential.py", "samplers/schedule.py"),
+    *("samplers/grid.py", "bench/zoo.py", "bench/meter.py", "distill/student.py"),
+    *("bench/mixture.py", "bench/posterior.py", "bench/spectral.py", "bench/ideal.py", "bench/problems.py"),
+    *("bench/mixture_file.py", "bench/network.py", "bench/pipelines.py", "bench/students.py", "bench/measure.py"),
+    *("bench/features.py", "bench/extractors.py", "bench/reference.py", "bench/judge.py", "bench/moments.py"),
+    *("bench/intervals.py", "bench/metrics.py", "bench/sample_metrics.py", "bench/solver_error.py", "bench/judging.py"),
+    *("samplers/adapters/diffusers.py", "distill/network.py"),
 )
+WORK = "work"  # what is not finished
+_LOCK = ".lock"
+_USED = 2**61  # added to a cell's byte, for the lock of those that read its samples
 
 
 @lru_cache(maxsize=1)
@@ -27,36 +41,109 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+def _byte(identity: dict[str, Any]) -> int:
+    """Of the lock file, in [0, 2^60)."""
+    return int(key_of(identity)[:15], 16)
+
+
 def key_of(identity: dict[str, Any]) -> str:
     """The file name of a cell: a hash of everything that makes it what it is."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Store:
-    """The finished cells of one results folder.
+    """The cells of one results folder.
 
     Args:
-        folder: the run's folder; cells are kept in `folder/cells`.
+        folder: the run's folder; finished cells are kept in `folder/cells`, what is known of others in `folder/work`.
+        tell: is called with a sentence about a file that cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "cells"
+    def __init__(self, folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.work, self.tell = folder / "cells", folder / WORK, tell
+        self._handle: int | None = None
 
-    def get(self, key: str) -> dict[str, Any] | None:
-        """A finished cell, or None."""
-        path = self.folder / f"{key}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+    def get(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished cell of this identity, or None; one that is damaged or of another identity is told of and left out."""
+        path = self._path(identity)
+        try:
+            record = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except (ValueError, UnicodeDecodeError) as error:
+            self.tell(f"{path} cannot be read ({error}); the cell is measured again")
+            return None
+        different = [
+            name for name, value in identity.items() if not isinstance(record, dict) or record.get(name) != value
+        ]
+        if different:
+            self.tell(f"{path} is not the cell that its name says: {different[0]} differs; the cell is measured again")
+            return None
+        return record
 
-    def put(self, key: str, record: dict[str, Any]) -> None:
-        """Save a finished cell; a kill at any moment leaves no half record."""
-        write_text(self.folder / f"{key}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    def put(self, identity: dict[str, Any], outcome: dict[str, Any]) -> dict[str, Any]:
+        """Save a finished cell and return its record; a kill at any moment leaves no half record."""
+        record = {**identity, **outcome}
+        write_text(self._path(identity), json.dumps(record, indent=1, allow_nan=False) + "\n")
+        return record
+
+    def blocks(self, identity: dict[str, Any]) -> Blocks:
+        """What is known of the samples of a cell that is not finished."""
+        return Blocks(self.work / key_of(identity), self.tell)
+
+    @contextmanager
+    def claim(self, identity: dict[str, Any], wait: bool = False) -> Iterator[bool]:
+        """Whether the cell is this process's until the block ends; False where another one measures it now.
+
+        The claim is the kernel's lock on a byte of one file, which a process that is killed gives up.
+
+        Args:
+            identity: of the cell.
+            wait: for the other process, so that the cell always is this one's.
+        """
+        mine = self._locks(fcntl.LOCK_EX, _byte(identity), wait)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self._locks(fcntl.LOCK_UN, _byte(identity))
+
+    def use(self, identity: dict[str, Any]) -> None:
+        """Keep every process from removing what is known of a cell's samples, for as long as this one lives."""
+        self._locks(fcntl.LOCK_SH, _byte(identity) + _USED, wait=True)
+
+    def remove(self, identity: dict[str, Any]) -> None:
+        """Remove what is known of a cell's samples, unless another process uses it."""
+        if self._locks(fcntl.LOCK_EX, _byte(identity) + _USED):
+            self.blocks(identity).remove()
+            self._locks(fcntl.LOCK_UN, _byte(identity) + _USED)
+
+    def tidy(self) -> None:
+        """Remove the folder of unfinished work where nothing is left in it."""
+        with suppress(OSError):  # it is not empty, or another process was quicker
+            self.work.rmdir()
+
+    def _locks(self, kind: int, byte: int, wait: bool = False) -> bool:
+        """Whether the lock could be had. A process has one handle of the file, for closing any would give up all locks."""
+        if self._handle is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            weakref.finalize(self, os.close, self._handle)
+        try:
+            fcntl.lockf(self._handle, kind if wait or kind == fcntl.LOCK_UN else kind | fcntl.LOCK_NB, 1, byte)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def _path(self, identity: dict[str, Any]) -> Path:
+        return self.folder / f"{key_of(identity)}.json"
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file by new content in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with new.open("w") as handle:
+    with new.open("w", encoding="utf-8") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())

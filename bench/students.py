@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from bench.network import Network, on_device
 from bench.suite import StudentSpec
-from bench.zoo import BenchModel, Network, judged, on_device
+from bench.zoo import BenchModel, judged
 from distill.checkpoint import load_checkpoint
 from distill.student import filled, network_inputs
 from samplers import Plan, run_plan
@@ -38,7 +39,7 @@ def load_students(spec: StudentSpec, beside: BenchModel, device: str) -> dict[in
         if not checkpoint.plans:  # such as what the first stage of guidance distillation leaves
             continue
         student = judged(on_device(str(folder), checkpoint, device, beside.dtype), beside.judge)
-        _check_alike(spec, student, beside)
+        check_alike(_row(spec), student, beside)
         for calls in student.plans:
             if calls in students:
                 both = f"{students[calls].name} and {folder}"
@@ -74,10 +75,11 @@ def _folders(spec: StudentSpec) -> list[Path]:
     return [path for path in inside if path.suffix not in (".new", ".old")]  # what a killed writer leaves
 
 
-def _check_alike(spec: StudentSpec, student: BenchModel, beside: BenchModel) -> None:
+def check_alike(row: str, student: BenchModel, beside: BenchModel) -> None:
+    """Raise ValueError where a row's network gives other samples than the suite's."""
     if (student.shape, student.classes) != (beside.shape, beside.classes):
         raise ValueError(
-            f"{_row(spec)}: {student.name} gives samples of shape {student.shape} in {student.classes} classes, the model "
+            f"{row}: {student.name} gives samples of shape {student.shape} in {student.classes} classes, the model "
             f"{beside.name} {beside.shape} in {beside.classes}; a table compares equal ones"
         )
 
@@ -94,7 +96,7 @@ def inputs_of(model: Network, calls: int, guidance: float | None = None) -> dict
         raise ValueError(f"{model.name}: {error}") from error
 
 
-def run_student(
+def run_network(
     model: Network,
     plan: Plan,
     inputs: Mapping[str, float],
@@ -102,20 +104,25 @@ def run_student(
     seed: int,
     indices: Tensor,
     callback: Callback | None = None,
+    compile: str | None = None,
 ) -> Tensor:
     """Samples of a plan (B, ...) float32, from the noise and with the labels of their indices.
 
     Args:
         model: on the device of `indices`.
-        plan: what to compute, for instance one of the model's own.
+        plan: what to compute, for instance one of a student's own.
         inputs: as `inputs_of` gives them.
         seed: of all noise.
         indices: (B,) int64.
-        callback: as in `run_plan`.
+        callback, compile: as in `run_plan`.
     """
-    noise = standard_normal(seed, indices, 0, model.shape, device=indices.device)
-    cond = model.cond(indices) | filled(inputs, indices)
-    return run_plan(plan, model.model, noise * plan.sigma_T, seed=seed, indices=indices, callback=callback, cond=cond)
+    x_T = standard_normal(seed, indices, 0, model.shape, device=indices.device).mul_(plan.sigma_T)
+    how: dict[str, Any] = {
+        "callback": callback,
+        "compile": compile,
+        "cond": model.cond(indices) | filled(inputs, indices),
+    }
+    return run_plan(plan, model.model, x_T, seed=seed, indices=indices, **how)
 
 
 def training_cost(info: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from bench.judge import JudgeSpec
 from distill.documents import Strict, read_yaml, validated
 from samplers.errors import unknown
 from samplers.grid import FINALS, points_of
-from samplers.registry import SAMPLERS, get_sampler
+from samplers.registry import get_sampler, registered
 
 SUITES = Path(__file__).parent / "suites"
 
@@ -22,12 +23,16 @@ class SamplerSpec(Strict):
     Attributes:
         sampler: registered name.
         label: how the table calls it; by default the sampler's name.
+        model: another model than the suite's, with samples of the same shape, judged as the suite's.
+        tuned: what the sampler was tuned on, where that is what judges it here; the table marks such a row.
         grid, final, afs: as in `make_plan`; None is the sampler's recommended grid and the grid's own end.
         options: the sampler's own.
     """
 
     sampler: str
     label: str = ""
+    model: str | None = None
+    tuned: str = ""
     grid: str | None = None
     final: str | None = None
     afs: bool = False
@@ -114,23 +119,25 @@ class Suite(Strict):
         nfe: the columns, budgets of network calls.
         num_samples: per cell.
         batch_size: per network call; does not change the samples.
-        seed: of all noise; every cell starts from the same.
+        seeds: of all noise, a cell for each; every cell of a seed starts from the same.
+        metrics: beside the Frechet distance, by the names of `bench.judging.METRICS`.
         guidance: weight for the networks that take one, as guided students do; None is 0, or the nearest.
         teacher: the many-step run.
-        judge: for a checkpoint folder, a folder of a feature extractor and statistics (see `zoo.folder_judge`); None is
-            the shipped one for its images.
+        judge: for a model of images, a folder of a feature extractor and statistics (see `judge.folder_judge`), or an
+            extractor and real images; None is the shipped one for digits.
         note: what every table and plot must say.
     """
 
     name: str
     model: str
-    judge: str | None = None
+    judge: str | JudgeSpec | None = None
     note: str = ""
     samplers: tuple[_AnySpec, ...] = Field(min_length=1)
     nfe: tuple[int, ...] = Field(min_length=1)
     num_samples: int = Field(default=500, ge=2)
     batch_size: int = Field(default=250, ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**64)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    metrics: tuple[str, ...] = ()
     guidance: float | None = None
     teacher: TeacherSpec
 
@@ -140,6 +147,20 @@ class Suite(Strict):
         if min(value) < 1:
             raise ValueError(f"must be at least 1, got {min(value)}")
         return tuple(sorted(set(value)))
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value) or not all(0 <= seed < 2**64 for seed in value):
+            raise ValueError(f"must be different and in [0, 2^64), got {list(value)}")
+        return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        from bench.judging import get_metric
+
+        return tuple(dict.fromkeys(get_metric(name).name for name in value))
 
     @model_validator(mode="after")
     def _distinct(self) -> Suite:
@@ -163,13 +184,13 @@ class Suite(Strict):
         mine: dict[str, Spec] = {spec.label: spec for spec in self.samplers}
         added = [spec.label for spec in students]
         for label in added:
-            if label in mine or label in SAMPLERS:
+            if label in mine or label in registered():
                 raise ValueError(
                     f"label {label!r} of a student is also that of a sampler; give the student another one"
                 )
         for name in samplers:
-            if name not in mine and name not in added and name not in SAMPLERS:
-                raise unknown("sampler", name, {*SAMPLERS, *mine, *added})
+            if name not in mine and name not in added and name not in registered():
+                raise unknown("sampler", name, {*registered(), *mine, *added})
         names = [name for name in dict.fromkeys(samplers) if name not in added]
         rows = [mine.get(name) or SamplerSpec(sampler=name) for name in names] if samplers else self.samplers
         update = {key: value for key, value in values.items() if value is not None}

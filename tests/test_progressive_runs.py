@@ -115,9 +115,10 @@ def test_the_averaged_student_teaches_the_next_phase(
     trainer = Trainer(make_method(settings(teacher, last_images=16)), tmp_path)
     trainer.run(*data(), quiet=True)
     taught, averaged, raw = seen
-    assert torch.equal(taught, averaged)
-    assert not torch.equal(taught, raw)
-    assert torch.equal(taught, x0_of(load_checkpoint(tmp_path / "students/2-steps").network))
+    saved = x0_of(load_checkpoint(tmp_path / "students/2-steps").network)
+    apart = (taught - raw).abs().max()
+    assert torch.equal(averaged, saved)
+    assert (taught - averaged).abs().max() < 0.01 * apart  # another layout in memory, and another last digit
 
 
 def test_a_student_starts_as_its_teacher(teacher: Path) -> None:

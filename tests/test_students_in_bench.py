@@ -16,13 +16,14 @@ from rich.console import Console
 
 from bench.cells import identity, resolve
 from bench.cli import main
+from bench.engine import run_suite
+from bench.network import on_device
 from bench.plots import save_frontier
-from bench.run import run_suite
 from bench.store import key_of
-from bench.students import inputs_of, run_student
+from bench.students import inputs_of, run_network
 from bench.suite import StudentSpec, Suite
 from bench.table import markdown
-from bench.zoo import BenchModel, load_model, on_device
+from bench.zoo import BenchModel, load_model
 from distill.checkpoint import Checkpoint, save_checkpoint
 from distill.network import PatchUNet
 from distill.student import load_student
@@ -101,7 +102,7 @@ def test_a_students_images_are_those_of_its_own_plan_in_any_batch(folders: Path)
     indices = torch.arange(7)
     expected = student.sample(4, shape=(7, 1, 28, 28), seed=3, indices=indices, cond={"class_labels": indices % 10})
     network = on_device("s", checkpoint(4, 4), "cpu", "fp32")
-    parts = [run_student(network, network.plans[4], {}, seed=3, indices=part) for part in indices.split(3)]
+    parts = [run_network(network, network.plans[4], {}, seed=3, indices=part) for part in indices.split(3)]
     assert (torch.cat(parts) - expected).abs().max() < 1e-4
 
 
@@ -154,7 +155,7 @@ def test_a_table_without_students_has_none_of_their_columns(teacher: BenchModel,
 
 def test_the_committed_rows_are_known_by_the_fields_that_a_sampler_has_today(teacher: BenchModel) -> None:
     suite = suite_of("teacher", "ddim")
-    fields = set(identity(resolve(suite, teacher, "cpu")[0], suite, "cpu"))
+    fields = set(identity(resolve(suite, teacher, "cpu")[0], "cpu"))
     paths = list((Path(__file__).parent.parent / "results/mnist/cells").glob("*.json"))
     records = {path.stem: json.loads(path.read_text()) for path in paths}
     assert [key_of({name: record[name] for name in fields}) for record in records.values()] == list(records)
@@ -166,7 +167,7 @@ def test_a_student_is_measured_once_wherever_it_stands_and_again_with_other_weig
 ) -> None:
     def key(folder: Path) -> str:
         suite = suite_of(folders / "teacher", {"student": str(folder)}, nfe=[4])
-        return key_of(identity(resolve(suite, teacher, "cpu")[0], suite, "cpu"))
+        return key_of(identity(resolve(suite, teacher, "cpu")[0], "cpu"))
 
     save_checkpoint(tmp_path / "copy", checkpoint(4, 4))
     save_checkpoint(tmp_path / "changed", checkpoint(7, 4))

@@ -1,3 +1,5 @@
+"""Runs of a suite: every cell measured once, whatever stops the run, however the work is divided."""
+
 import json
 import signal
 import subprocess
@@ -13,13 +15,14 @@ from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 
-from bench import run as bench_run
+from bench import measure as bench_measure
+from bench.cells import resolve
 from bench.cli import main
+from bench.engine import run_suite
 from bench.report import write_results
-from bench.run import resolve, run_suite
 from bench.suite import SamplerSpec, Suite, load_suite
-from bench.table import markdown, notes, winners
 from bench.zoo import load_model
+from samplers import SamplingError
 
 SUITE = Suite.model_validate(
     {
@@ -72,7 +75,7 @@ def test_a_finished_cell_is_not_measured_again(gmm, tmp_path, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(bench_run, "sample", never)
+    monkeypatch.setattr(bench_measure, "run_network", never)
     assert measure(SUITE, gmm, tmp_path) == first
     with pytest.raises(AssertionError, match="measured again"):
         measure(SUITE.changed(num_samples=41), gmm, tmp_path)
@@ -89,24 +92,22 @@ def test_a_budget_below_one_step_is_a_row_with_its_reason(gmm, tmp_path):
     failed = [row for row in rows if row["status"] == "failed"]
     assert [(row["label"], row["budget"]) for row in failed] == [("heun", 1)]
     assert "nfe must be at least 2" in failed[0]["reason"]
-    assert "failed" in markdown(rows, 0.0, "t")
-    assert any("heun at 1: nfe must be" in note for note in notes(rows, 0.0))
 
 
 def test_a_network_that_fails_costs_its_own_cell_only_and_is_tried_again(gmm, tmp_path, monkeypatch):
     calls = []
 
-    def sample(model, sampler, **options):
-        calls.append(sampler)
-        if sampler == "ddim":
-            raise bench_run.SamplingError("NaN or Inf in step 2")
-        return real(model, sampler, **options)
+    def run_network(model, plan, inputs, **options):
+        calls.append(plan.sampler)
+        if plan.sampler == "ddim":
+            raise SamplingError("NaN or Inf in step 2")
+        return real(model, plan, inputs, **options)
 
-    real = bench_run.sample
-    monkeypatch.setattr(bench_run, "sample", sample)
+    real = bench_measure.run_network
+    monkeypatch.setattr(bench_measure, "run_network", run_network)
     rows = measure(SUITE, gmm, tmp_path)
     assert {row["label"] for row in rows if row["status"] == "failed"} == {"ddim"}
-    assert "NaN or Inf in step 2" in markdown(rows, 0.0, "t")
+    assert {row["reason"] for row in rows if row["status"] == "failed"} == {"NaN or Inf in step 2"}
     calls.clear()
     measure(SUITE, gmm, tmp_path)
     assert set(calls) == {"ddim"}
@@ -115,7 +116,6 @@ def test_a_network_that_fails_costs_its_own_cell_only_and_is_tried_again(gmm, tm
 def test_heun_reports_the_calls_it_used(gmm, tmp_path):
     rows = measure(SUITE.changed(["heun"], nfe=[5]), gmm, tmp_path)
     assert (rows[0]["nfe"], rows[0]["budget"]) == (4, 5)
-    assert any("heun 4 of 5" in note for note in notes(rows, 0.0))
 
 
 def test_an_error_controlled_sampler_is_a_row_too(gmm, tmp_path):
@@ -126,22 +126,12 @@ def test_an_error_controlled_sampler_is_a_row_too(gmm, tmp_path):
     assert 5 < rows[1]["nfe"] <= 400
 
 
-def test_winners_are_the_smallest_of_each_budget():
-    rows = [
-        {"role": "sampler", "status": "done", "label": label, "budget": n, "value": v}
-        for label, n, v in [("a", 5, 2.0), ("b", 5, 1.0), ("a", 9, 0.5), ("b", 9, 0.7)]
-    ]
-    rows.append({"role": "teacher", "status": "done", "label": "t", "budget": 5, "value": 0.1})
-    rows.append({"role": "sampler", "status": "failed", "label": "c", "budget": 9})
-    assert winners(rows) == {5: "b", 9: "a"}
-
-
 def test_the_teacher_is_not_measured_twice_where_a_row_is_the_same_plan(gmm, tmp_path):
     suite = SUITE.changed(["heun"], nfe=[20], teacher={"sampler": "heun", "nfe": 20, "label": "many"})
     rows = measure(suite, gmm, tmp_path)
     assert [row["role"] for row in rows] == ["sampler", "teacher"]
     assert rows[0]["measured_at"] == rows[1]["measured_at"]
-    assert len(list((tmp_path / "cells").iterdir())) == 1
+    assert len(list((tmp_path / "cells").glob("*.json"))) == 1
 
 
 def test_resolve_puts_the_teacher_last(gmm):
@@ -196,7 +186,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, number):
 
 
 def test_a_row_may_ask_for_the_analytical_first_step():
-    suite = load_suite("gmm").changed(["ddim"], nfe=[5])
+    suite = load_suite("gmm").changed(["ddim"], nfe=[5], metrics=())
     spared = suite.model_copy(update={"samplers": (SamplerSpec(sampler="ddim", afs=True),)})
     model = load_model("gmm")
     (cell, _), (other, _) = resolve(spared, model, "cpu"), resolve(suite, model, "cpu")

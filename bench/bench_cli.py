@@ -1,0 +1,153 @@
+"""The command that measures: `fewstep bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench.command import integers_in, names_in, plain_errors, resumable
+
+
+@click.command()
+@click.argument("suite", default="mnist")
+@click.option("--samplers", help="Rows to measure: labels of the suite or registered names, separated by commas.")
+@click.option("--nfe", help="Budgets of network calls, separated by commas.")
+@click.option("--num-samples", type=click.IntRange(min=2), help="Samples for each cell.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples for each network call; does not change them.")
+@click.option("--seed", help="Of all noise; or several, separated by commas, with a cell for each.")
+@click.option("--metrics", help="Beside the Frechet distance, separated by commas, such as kid,rmse.")
+@click.option("--model", help="A model of the zoo, or a checkpoint folder; a student gets a row of its own.")
+@click.option(
+    "--student", "students", multiple=True, metavar="LABEL=PATH", help="Folder of a student, or of several; repeatable."
+)
+@click.option("--guidance", type=float, help="Weight for networks that take one, as guided students do.")
+@click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1.")
+@click.option(
+    "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="Of the network."
+)
+@click.option(
+    "--compile", type=click.Choice(["loop", "graph"]), help="The sampling loop: torch.compile, or a CUDA graph."
+)
+@click.option(
+    "--share-first-call", is_flag=True, help="Cells that start from the same noise share the first call, which counts."
+)
+@click.option("--shard", default="0/1", metavar="I/N", help="Measure every N-th cell, from I on; 0 <= I < N.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the cells, their network calls and estimated minutes; measure nothing."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Results folder; by default results/SUITE-SAMPLES.")
+@plain_errors
+def bench(
+    suite: str,
+    samplers: str | None,
+    nfe: str | None,
+    num_samples: int | None,
+    batch_size: int | None,
+    seed: str | None,
+    metrics: str | None,
+    model: str | None,
+    students: tuple[str, ...],
+    guidance: float | None,
+    shard: str,
+    dry_run: bool,
+    **how: Any,
+) -> None:
+    """Measure a SUITE of samplers (by default: mnist) and write table, plot and pictures.
+
+    A run that was stopped goes on where it stopped: type the same command again. Several processes may work on one results
+    folder at once, each on cells of its own; under torchrun or accelerate launch they divide the samples of each cell.
+    """
+    from rich.console import Console
+
+    from bench.api import prepare
+    from bench.suite import load_suite
+
+    changes: dict[str, Any] = {
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+        "model": model,
+        "guidance": guidance,
+    }
+    changes["nfe"] = None if nfe is None else integers_in("--nfe", nfe)
+    changes["seeds"] = None if seed is None else integers_in("--seed", seed)
+    changes["metrics"] = None if metrics is None else names_in("--metrics", metrics)
+    loaded = load_suite(suite)
+    rows = [*_own_row(model or loaded.model), *_students(students)]
+    chosen = [] if samplers is None else names_in("--samplers", samplers)
+    run = prepare(loaded.changed(chosen, rows, **changes), console=Console(), shard=_shard(shard), **how)
+    _show(run) if dry_run else _measure(run)
+
+
+def _show(run: Any) -> None:
+    from bench.dry_run import dry_run
+
+    run.console.print(dry_run(run))
+
+
+def _measure(run: Any) -> None:
+    """Run the suite, then write and print what came out; on Ctrl-C say how to go on."""
+    import torch
+
+    from bench.report import write_results
+    from bench.table import terminal
+    from bench.workers import WorkerLostError
+
+    suite, model, folder, device, workers = run.suite, run.model, run.out, run.running.device, run.running.workers
+    say = partial(run.console.print, soft_wrap=True, highlight=False) if workers.leads else lambda *_: None
+    say(
+        f"suite {suite.name}: {len(suite.samplers)} rows x {len(suite.nfe)} budgets x {len(suite.seeds)} seeds x "
+        f"{suite.num_samples} samples, model {model.name}, {model.dtype} on {device}, {torch.get_num_threads()} threads"
+        + (f", {workers.size} processes" if workers.size > 1 else "")
+        + f" -> {folder}"
+    )
+    with resumable(f"finished batches are kept in {folder}, and the same command goes on from there"):
+        try:
+            rows = run.rows()
+        except WorkerLostError as error:
+            raise click.ClickException(str(error)) from error
+    workers.close()
+    if not workers.leads:
+        return
+    if run.overhead is not None:
+        say(f"engine: {100 * run.overhead:.1f} % beside sampling and judging")
+    missing = sum(row["status"] == "missing" for row in rows)
+    if missing:
+        say(
+            f"{missing} of {len(rows)} cells are left to other shards; the command without --shard makes the table of all"
+        )
+        return
+    title = write_results(suite, model, folder, device, rows)
+    run.console.print(terminal(rows, model.judge.floor, title, suite.note))
+    say(f"table, plot and pictures: {folder}")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit()):
+        raise ValueError(f"--shard takes I/N, such as 0/4, got {text!r}")
+    return int(i), int(n)
+
+
+def _own_row(model: str) -> list[Any]:
+    """The row of a model that is a student itself; none for any other."""
+    from bench.cells import STUDENT
+    from bench.students import is_student
+    from bench.suite import StudentSpec
+
+    return [StudentSpec(student=model, label=STUDENT, untrained=True)] if is_student(model) else []
+
+
+def _students(texts: Sequence[str]) -> list[Any]:
+    from bench.suite import StudentSpec
+
+    specs = []
+    for text in texts:
+        label, separator, path = text.partition("=")
+        if not (separator and label and path):
+            raise ValueError(f"--student takes LABEL=PATH, got {text!r}")
+        specs.append(StudentSpec(student=path, label=label))
+    return specs

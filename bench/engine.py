@@ -1,0 +1,208 @@
+"""Run a suite: every cell is sampled, judged and saved before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from bench.cells import Cell, Row, identity, resolve
+from bench.judging import Arrays
+from bench.measure import Advance, Running, film, measure, sampled, shown
+from bench.plots import save_film, save_samples
+from bench.store import Store
+from bench.suite import Suite
+from bench.table import value_text
+from bench.zoo import BenchModel
+from samplers import SamplingError
+
+_WAIT = 1.0  # seconds between two looks at a cell that another process measures
+
+
+def run_suite(suite: Suite, model: BenchModel, out: Path, device: str, console: Console) -> list[Row]:
+    """Measure every cell of a suite that is not yet in `out`, and return all rows; see `Run`."""
+    return Run(suite, model, out, Running(device, suite.batch_size), console).rows()
+
+
+@dataclass
+class Run:
+    """A run of a suite in one folder.
+
+    Args:
+        suite: what to measure.
+        model: loaded on `running.device`.
+        out: results folder; `cells/` holds what is finished, `work/` what is not, `samples/` a picture of each cell.
+        running: how.
+        console: where progress is shown.
+        shard: (i, n), which measures every n-th cell only, from i on, i < n.
+
+    Attributes:
+        cells: of the suite, in the order in which they are measured.
+        cost: seconds spent so far on measuring, of which on sampling and on judging.
+    """
+
+    suite: Suite
+    model: BenchModel
+    out: Path
+    running: Running
+    console: Console
+    shard: tuple[int, int] = (0, 1)
+    cells: list[Cell] = field(init=False)
+    cost: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Resolve the cells.
+
+        Raises:
+            ValueError: a shard that there is not; or a student that cannot be loaded, or does not fit the model.
+        """
+        i, n = self.shard
+        if not 0 <= i < n:
+            raise ValueError(f"shard must be i/n with 0 <= i < n, got {i}/{n}")
+        self.cells = resolve(self.suite, self.model, self.running.device)
+        self.cost = {"whole": 0.0, "sampling": 0.0, "judging": 0.0}
+        self._tell: Callable[[str], None] = lambda text: self.console.print(text, soft_wrap=True, highlight=False)
+        self._store = Store(self.out, self._tell)
+        self._solutions: dict[int, Arrays] = {}  # by seed
+
+    def rows(self) -> list[Row]:
+        """Measure every cell of the shard that is not yet in the folder, and return the rows of all that are known.
+
+        Returns:
+            Rows in the order of the cells, the teacher's last; one that failed has `status` "failed" and a `reason`, one of a
+            student that was not trained for the budget "absent", one of another shard that is not there yet "missing".
+
+        Raises:
+            bench.workers.WorkerLostError: another process of the run is gone; nothing that was measured is lost.
+        """
+        i, n = self.shard
+        found: dict[int, Row] = {}
+        with self._progress() as (progress, task):
+            queue = [number for number in range(len(self.cells)) if number % n == i]
+            while queue:
+                waiting = [number for number in queue if not self._measured(number, found, progress, task)]
+                if len(waiting) == len(queue):  # other processes have all of them
+                    time.sleep(_WAIT)
+                queue = waiting
+        for number, cell in enumerate(self.cells):
+            if number not in found:
+                made_by = identity(cell, self.running.device)
+                left = cell.without if cell.problem else {"status": "missing", "reason": "left to another shard"}
+                found[number] = self._row(cell, self._store.get(made_by) or {**made_by, **left})
+        self._clean(found)
+        order = sorted(found, key=lambda number: (self.cells[number].role == "teacher", number))
+        return [found[number] for number in order]
+
+    @property
+    def overhead(self) -> float | None:
+        """What the engine took beside sampling and judging, as a share of them; None where nothing was measured."""
+        useful = self.cost["sampling"] + self.cost["judging"]
+        return self.cost["whole"] / useful - 1.0 if useful else None
+
+    def _measured(self, number: int, found: dict[int, Row], progress: Progress, task: TaskID) -> bool:
+        """Whether a cell's row is in `found` now; False where another process measures it."""
+        cell, workers = self.cells[number], self.running.workers
+        made_by = identity(cell, self.running.device)
+        title = f"[{number + 1}/{len(self.cells)}] {cell.spec.label} at {cell.nfe} calls"
+        title += f", seed {cell.seed}" if len(self.suite.seeds) > 1 else ""
+        progress.update(task, description=title)
+        with self._store.claim(made_by) if workers.leads else nullcontext(True) as mine:
+            record = self._store.get(made_by) if workers.leads else None
+            record, mine = workers.agreed((record, mine))
+            if record is None and not mine:
+                return False
+            advance = partial(progress.advance, task)
+            if record is None:
+                record = workers.agreed(self._outcome(cell, made_by, advance))
+            else:
+                advance(cell.calls * cell.num_samples)
+        found[number] = self._row(cell, record)
+        if not self.console.is_terminal and workers.leads:
+            self.console.print(_line(title, found[number]), highlight=False, soft_wrap=True)
+        return True
+
+    def _outcome(self, cell: Cell, made_by: Row, advance: Advance) -> Row:
+        """Measure a cell, and save it where that went well."""
+        if cell.problem:
+            return {**made_by, **cell.without}
+        began, blocks = time.perf_counter(), self._store.blocks(made_by)
+        try:
+            outcome, arrays = measure(cell, self.running, blocks, advance, self._solution(cell))
+        except SamplingError as error:
+            return {**made_by, "status": "failed", "reason": str(error)}
+        finally:
+            cell.model.model.compiled.clear()  # a loop is compiled for one plan, and no other cell has it
+        if not outcome:  # the leading process has it
+            return {}
+        picture = self.out / "samples" / cell.file_name
+        save_samples(shown(cell, arrays), picture, images=cell.model.images)
+        if cell.model.images and arrays["film"].shape[1]:
+            save_film(film(arrays), picture.with_name(f"{picture.stem}-path.png"))
+        record = self._store.put(made_by, outcome)
+        if not cell.is_solution:
+            blocks.remove()
+        self.cost["whole"] += time.perf_counter() - began
+        self.cost["sampling"] += outcome["seconds"]
+        self.cost["judging"] += outcome["judging_seconds"]
+        return record
+
+    def _solution(self, cell: Cell) -> Arrays | None:
+        """The many-step run that a cell is compared with, sampled again where its samples are no longer there.
+
+        Raises:
+            SamplingError: that run failed.
+        """
+        if not cell.follows:
+            return None
+        if cell.seed not in self._solutions:
+            many = next(other for other in self.cells if other.is_solution and other.seed == cell.seed)
+            made_by, leads = identity(many, self.running.device), self.running.workers.leads
+            self._store.use(made_by)  # other processes leave its blocks alone
+            with self._store.claim(made_by, wait=True) if leads else nullcontext():
+                self._solutions[cell.seed] = sampled(many, self.running, self._store.blocks(made_by))
+        return self._solutions[cell.seed]
+
+    def _clean(self, found: dict[int, Row]) -> None:
+        self._solutions.clear()
+        for model in {id(cell.model): cell.model for cell in self.cells}.values():
+            model.meter.forget()
+        if self.running.workers.leads and all(row["status"] != "missing" for row in found.values()):
+            for cell in self.cells:
+                if cell.is_solution:
+                    self._store.remove(identity(cell, self.running.device))
+            self._store.tidy()
+
+    def _row(self, cell: Cell, record: Row) -> Row:
+        tuned = getattr(cell.spec, "tuned", "")
+        return {
+            "role": cell.role,
+            "label": cell.spec.label,
+            **record,
+            **cell.remarks,
+            **({"tuned": tuned} if tuned else {}),
+        }
+
+    @contextmanager
+    def _progress(self) -> Iterator[tuple[Progress, TaskID]]:
+        i, n = self.shard
+        mine = [cell for number, cell in enumerate(self.cells) if number % n == i and not cell.problem]
+        columns = (
+            *(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%")),
+            *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+        )
+        hidden = not self.running.workers.leads
+        with Progress(*columns, console=self.console, speed_estimate_period=120.0, disable=hidden) as progress:
+            total = sum(cell.calls * cell.num_samples for cell in mine)
+            yield progress, progress.add_task(self.suite.name, total=total)
+
+
+def _line(title: str, row: Row) -> str:
+    if row["status"] != "done":
+        return f"{title}: {row['status']}: {row['reason']}"
+    return f"{title}: {row['metric']} {value_text(row)} in {row['seconds']:.1f} s"

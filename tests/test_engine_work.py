@@ -1,0 +1,291 @@
+"""How the work of a run is done: batches that do not fit, kills within a cell, shards, and several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from rich.console import Console
+
+from bench import measure as bench_measure
+from bench.cli import main
+from bench.engine import Run, run_suite
+from bench.measure import Running
+from bench.suite import SamplerSpec, Suite
+from bench.zoo import BenchModel, load_model
+
+SUITE = Suite.model_validate(
+    {
+        "name": "tiny",
+        "model": "gmm",
+        "nfe": [2, 4],
+        "num_samples": 40,
+        "batch_size": 16,
+        "samplers": ["ddpm", "ddim"],
+        "teacher": {"sampler": "heun", "nfe": 20, "grid": "logsnr"},
+    }
+)
+QUIET = Console(quiet=True)
+COLUMNS = ["role", "label", "budget", "seed", "nfe", "value", "low", "high"]
+
+
+@pytest.fixture(scope="module")
+def gmm() -> BenchModel:
+    return load_model("gmm")
+
+
+def measure(suite: Suite, model: BenchModel, out: Path, **how: Any) -> list[dict[str, Any]]:
+    return Run(suite, model, out, Running("cpu", suite.batch_size, **how), QUIET).rows()
+
+
+def figures(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [tuple(row.get(name) for name in COLUMNS) for row in rows]
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["bench", "gmm", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_halved(
+    gmm: BenchModel, tmp_path: Path, monkeypatch: Any, error: Exception
+) -> None:
+    expected = figures(measure(SUITE, gmm, tmp_path / "whole"))
+    sizes: list[int] = []
+    real = bench_measure.run_network
+
+    def small_machine(model: Any, plan: Any, inputs: Any, *, indices: torch.Tensor, **options: Any) -> torch.Tensor:
+        sizes.append(len(indices))
+        if len(indices) > 5:
+            raise error
+        return real(model, plan, inputs, indices=indices, **options)
+
+    monkeypatch.setattr(bench_measure, "run_network", small_machine)
+    assert figures(measure(SUITE, gmm, tmp_path / "small")) == expected
+    assert max(sizes) == 16
+    assert {4, 8} <= set(sizes)
+
+
+def test_a_sample_that_does_not_fit_is_a_row_with_its_reason(gmm: BenchModel, tmp_path: Path, monkeypatch: Any) -> None:
+    def no_machine(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(bench_measure, "run_network", no_machine)
+    rows = measure(SUITE, gmm, tmp_path)
+    assert {row["status"] for row in rows} == {"failed"}
+    assert "out of memory with a batch of one sample: CUDA out of memory" in rows[0]["reason"]
+
+
+def test_a_bug_is_not_an_outcome(gmm: BenchModel, tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("expected scalar type Half but found Float")
+
+    monkeypatch.setattr(bench_measure, "run_network", broken)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        measure(SUITE, gmm, tmp_path)
+
+
+def test_a_cell_goes_on_from_its_last_batch(gmm: BenchModel, tmp_path: Path, monkeypatch: Any) -> None:
+    expected = figures(measure(SUITE, gmm, tmp_path / "whole"))
+    starts: list[int] = []
+    real = bench_measure.run_network
+
+    def killed_in_the_third_batch(*args: Any, indices: torch.Tensor, **options: Any) -> torch.Tensor:
+        starts.append(int(indices[0]))
+        if len(starts) == 3:
+            raise KeyboardInterrupt
+        return real(*args, indices=indices, **options)
+
+    monkeypatch.setattr(bench_measure, "run_network", killed_in_the_third_batch)
+    with pytest.raises(KeyboardInterrupt):
+        measure(SUITE, gmm, tmp_path / "run")
+    assert starts == [0, 16, 32]
+    assert figures(measure(SUITE, gmm, tmp_path / "run")) == expected
+    assert starts[3:5] == [32, 0]  # what was left of the first cell, then the second
+    assert not (tmp_path / "run" / "work").exists()
+
+
+def test_a_sampler_whose_network_calls_are_not_those_of_its_plan_is_an_error(
+    gmm: BenchModel, tmp_path: Path, monkeypatch: Any
+) -> None:
+    real = bench_measure.run_network
+
+    def one_call_more(model: Any, *args: Any, indices: torch.Tensor, **options: Any) -> torch.Tensor:
+        model.model(torch.zeros(len(indices), 2), 0.5)
+        return real(model, *args, indices=indices, **options)
+
+    monkeypatch.setattr(bench_measure, "run_network", one_call_more)
+    with pytest.raises(RuntimeError, match="ddpm: the plan says 2 network calls, the network counted 3"):
+        measure(SUITE, gmm, tmp_path)
+
+
+def test_cells_share_their_first_call_and_count_it(gmm: BenchModel, tmp_path: Path, monkeypatch: Any) -> None:
+    expected = measure(SUITE, gmm, tmp_path / "a")
+    calls = []
+    net = gmm.meter.net
+    monkeypatch.setattr(gmm.meter, "net", lambda x, t, **cond: calls.append(len(x)) or net(x, t, **cond))
+    shared = measure(SUITE, gmm, tmp_path / "b", share_first_call=True)
+    assert figures(shared) == figures(expected)
+    assert all(row["shared_first_call"] for row in shared)
+    whole = sum(row["nfe"] for row in expected) * 3
+    assert len(calls) == whole - 3 * 4  # three batches of five cells have one first call
+    assert [row["evaluations"] for row in shared] == [row["nfe"] for row in shared]
+
+
+def test_only_calls_from_the_start_noise_are_shared(gmm: BenchModel, tmp_path: Path) -> None:
+    rows = (SamplerSpec(sampler="ddim", afs=True), SamplerSpec(sampler="ddim", label="plain"))
+    suite = SUITE.model_copy(update={"samplers": rows, "nfe": (3, 5)})
+    expected, shared = (measure(suite, gmm, tmp_path / name, share_first_call=name == "b") for name in "ab")
+    assert figures(shared) == figures(expected)
+    assert [row.get("shared_first_call", False) for row in shared] == [False, True, False, True, True]
+    assert not gmm.meter._known
+
+
+def test_an_error_controlled_row_is_another_in_other_batches(gmm: BenchModel, tmp_path: Path) -> None:
+    suite = SUITE.changed(["rk45", "ddim"], nfe=[400])
+    whole = measure(suite, gmm, tmp_path)
+    parts = measure(suite.changed(batch_size=7), gmm, tmp_path)
+    assert whole[0]["value"] != parts[0]["value"]
+    assert whole[1] == parts[1]  # taken from the store
+
+
+def test_several_seeds_are_cells_of_their_own(gmm: BenchModel, tmp_path: Path) -> None:
+    rows = measure(SUITE.changed(seeds=[0, 3]), gmm, tmp_path)
+    assert [row["seed"] for row in rows] == [0, 3] * 5
+    assert figures(rows)[::2] == figures(measure(SUITE, gmm, tmp_path / "one"))
+    assert rows[0]["value"] != rows[1]["value"]
+    names = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert {"ddim-nfe2.png", "ddim-nfe2-seed3.png"} <= names
+
+
+def test_a_row_may_have_a_model_of_its_own(gmm: BenchModel, tmp_path: Path) -> None:
+    other = SUITE.model_copy(update={"samplers": (SamplerSpec(sampler="ddim", label="other", model="gmm"),)})
+    assert measure(other, gmm, tmp_path)[0]["value"] == measure(SUITE, gmm, tmp_path / "own")[1]["value"]
+    mnist = SUITE.model_copy(update={"samplers": (SamplerSpec(sampler="ddim", label="other", model="mnist"),)})
+    with pytest.raises(ValueError, match="model 'mnist': mnist gives samples of shape"):
+        Run(mnist, gmm, tmp_path, Running("cpu", 4), QUIET)
+
+
+def test_shards_together_measure_every_cell_once(tmp_path: Path) -> None:
+    given = ("--num-samples", 40, "--nfe", "2,4", "--samplers", "ddpm,ddim", "--out")
+    part = bench(*given, tmp_path / "parts", "--shard", "0/2")
+    assert part.exit_code == 0, part.output
+    assert "2 of 5 cells are left to other shards" in part.output
+    assert not (tmp_path / "parts" / "table.csv").exists()
+    before = {path: path.read_bytes() for path in (tmp_path / "parts/cells").glob("*.json")}
+    assert len(before) == 3
+    assert bench(*given, tmp_path / "parts", "--shard", "1/2").exit_code == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert bench(*given, tmp_path / "whole").exit_code == 0
+    parts, whole = (pd.read_csv(tmp_path / name / "table.csv")[COLUMNS] for name in ("parts", "whole"))
+    pd.testing.assert_frame_equal(parts, whole)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"), [("2/2", "0 <= i < n, got 2/2"), ("1", "--shard takes I/N"), ("a/b", "--shard takes I/N")]
+)
+def test_a_shard_that_there_is_not(shard: str, message: str, tmp_path: Path) -> None:
+    result = bench("--shard", shard, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_dry_run_shows_the_cells_and_measures_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = ("--num-samples", 40, "--nfe", "1,4", "--samplers", "heun,ddim", "--seed", "0,1", "--out", out)
+    shown = bench(*given, "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    assert "10 cells" in shown.output
+    assert not out.exists()
+    assert bench(*given).exit_code == 0
+    assert bench(*given, "--dry-run").output.count("done") == 8  # of ten, two have no plan
+
+
+COMMAND = [sys.executable, "-m", "bench", "bench", "gmm", "--num-samples", "600", "--batch-size", "25"]
+COMMAND += ["--nfe", "4,60", "--samplers", "ddpm,ddim"]
+
+
+def in_folder(out: Path, processes: int = 1) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*(start if processes > 1 else [COMMAND[0]]), *COMMAND[1:], "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The table of an undisturbed run."""
+    out = tmp_path_factory.mktemp("whole")
+    subprocess.run(in_folder(out), check=True, capture_output=True, timeout=300)
+    return pd.read_csv(out / "table.csv")[COLUMNS]
+
+
+def test_a_kill_within_a_cell_costs_the_batch_in_flight(tmp_path: Path, whole: pd.DataFrame) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(in_folder(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("work/*/*.npz"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("work/*/[0-9]*.npz")}
+    assert kept
+    subprocess.run(in_folder(out), check=True, capture_output=True, timeout=300)
+    pd.testing.assert_frame_equal(pd.read_csv(out / "table.csv")[COLUMNS], whole)
+    assert not (out / "work").exists()
+
+
+def test_two_processes_on_one_folder_share_the_cells(tmp_path: Path, whole: pd.DataFrame) -> None:
+    out = tmp_path / "run"
+    both = [
+        subprocess.Popen(in_folder(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
+    ]
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    pd.testing.assert_frame_equal(pd.read_csv(out / "table.csv")[COLUMNS], whole)
+    assert len(list(out.glob("cells/*.json"))) == len(whole)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_under_torchrun_divide_the_samples(processes: int, tmp_path: Path, whole: pd.DataFrame) -> None:
+    done = subprocess.run(in_folder(tmp_path, processes), capture_output=True, timeout=300, text=True)
+    assert done.returncode == 0, done.stderr
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table.csv")[COLUMNS], whole, rtol=1e-6)
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("cells/*.json")]
+    assert {record["processes"] for record in records} == {processes}
+    assert done.stdout.count("table, plot and pictures") == 1
+
+
+def test_a_lost_worker_ends_the_run_cleanly_and_it_goes_on(tmp_path: Path, whole: pd.DataFrame) -> None:
+    out = tmp_path / "run"
+    group = subprocess.Popen(in_folder(out, 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("work/*/*.npz"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    workers = [int(pid) for pid in Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()]
+    os.kill(workers[-1], signal.SIGKILL)
+    group.communicate(timeout=120)
+    assert group.returncode != 0
+    subprocess.run(in_folder(out), check=True, capture_output=True, timeout=300)
+    pd.testing.assert_frame_equal(pd.read_csv(out / "table.csv")[COLUMNS], whole)
+
+
+def test_run_suite_is_a_run_with_the_suites_batches(gmm: BenchModel, tmp_path: Path) -> None:
+    rows = run_suite(SUITE, gmm, tmp_path / "a", "cpu", QUIET)
+    assert np.allclose([row["value"] for row in rows], [row["value"] for row in measure(SUITE, gmm, tmp_path / "b")])
