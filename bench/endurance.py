@@ -288,7 +288,7 @@ def main(out: Path, only: str) -> None:
         rows = []
         for number, fault in enumerate(fault for fault in FAULTS if only in fault.name):
             rows.append(outcome(fault, root / str(number), expected))
-            verdict = "equal" if rows[-1]["passes"] else "FAILS"
+            verdict = "equal" if rows[-1]["passes"] else f"FAILS {rows[-1]}"
             click.echo(f"{fault.name}: {verdict}; {rows[-1]['seen']}")
     write_report(rows, out)
     if not all(row["passes"] for row in rows):

@@ -122,6 +122,8 @@ class Run:
                 record = workers.agreed(self._outcome(cell, made_by, advance))
             else:
                 advance(cell.calls * cell.num_samples)
+                if mine and workers.leads and not cell.is_solution:
+                    self._store.blocks(made_by).remove()  # of a process that was killed between record and removal
         found[number] = self._row(cell, record)
         if not self.console.is_terminal and workers.leads:
             self.console.print(_line(title, found[number]), highlight=False, soft_wrap=True)

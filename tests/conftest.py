@@ -99,3 +99,21 @@ def add_plugin(monkeypatch):
     yield add
     for registry in kept:
         registry.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def tiny_unet():
+    """diffusers' `UNet2DModel` with random weights, for three channels of 8 x 8 pixels."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = diffusers.UNet2DModel(
+            sample_size=8,
+            block_out_channels=(16, 16),
+            norm_num_groups=8,
+            attention_head_dim=8,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            layers_per_block=1,
+        )
+    return network.eval().requires_grad_(False)

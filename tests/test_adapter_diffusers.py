@@ -22,19 +22,9 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def unet() -> nn.Module:
-    torch.manual_seed(0)
-    network = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16, 16),
-        norm_num_groups=8,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1,
-    )
-    return network.eval().requires_grad_(False)
+@pytest.fixture
+def unet(tiny_unet: nn.Module) -> nn.Module:
+    return tiny_unet
 
 
 @pytest.mark.parametrize("kind", KINDS)

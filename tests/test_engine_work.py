@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from bench import measure as bench_measure
+from bench.blocks import Blocks
 from bench.cli import main
 from bench.engine import Run, run_suite
 from bench.measure import Running
@@ -121,6 +122,17 @@ def test_a_cell_goes_on_from_its_last_batch(gmm: BenchModel, tmp_path: Path, mon
     assert figures(measure(SUITE, gmm, tmp_path / "run")) == expected
     assert starts[3:5] == [32, 0]  # what was left of the first cell, then the second
     assert not (tmp_path / "run" / "work").exists()
+
+
+def test_what_a_kill_between_record_and_removal_leaves_is_removed(
+    gmm: BenchModel, tmp_path: Path, monkeypatch: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Blocks, "remove", lambda self: None)
+        first = measure(SUITE, gmm, tmp_path)
+    assert len(list((tmp_path / "work").iterdir())) == len(first)
+    assert measure(SUITE, gmm, tmp_path) == first
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_sampler_whose_network_calls_are_not_those_of_its_plan_is_an_error(

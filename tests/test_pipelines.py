@@ -24,20 +24,10 @@ diffusers = pytest.importorskip("diffusers")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_unet: torch.nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline with random weights for three channels of 8 x 8 pixels, and images of that size."""
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(16, 16),
-        norm_num_groups=8,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        layers_per_block=1,
-    )
     folder = tmp_path_factory.mktemp("models")
-    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder / "ddpm")
+    diffusers.DDPMPipeline(tiny_unet, diffusers.DDPMScheduler()).save_pretrained(folder / "ddpm")
     images = np.random.default_rng(0).integers(0, 256, (300, 3, 8, 8), dtype=np.uint8)
     np.savez(folder / "images.npz", images=images)
     return folder
