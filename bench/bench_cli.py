@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bench.command import integers_in, names_in, plain_errors, resumable
+from bench.command import integers_in, names_in, plain_errors, resumable, wide_console
 
 
 @click.command()
@@ -61,8 +61,6 @@ def bench(
     A run that was stopped goes on where it stopped: type the same command again. Several processes may work on one results
     folder at once, each on cells of its own; under torchrun or accelerate launch they divide the samples of each cell.
     """
-    from rich.console import Console
-
     from bench.api import prepare
     from bench.suite import load_suite
 
@@ -78,7 +76,7 @@ def bench(
     loaded = load_suite(suite)
     rows = [*_own_row(model or loaded.model), *_students(students)]
     chosen = [] if samplers is None else names_in("--samplers", samplers)
-    run = prepare(loaded.changed(chosen, rows, **changes), console=Console(), shard=_shard(shard), **how)
+    run = prepare(loaded.changed(chosen, rows, **changes), console=wide_console(), shard=_shard(shard), **how)
     _show(run) if dry_run else _measure(run)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 _INTERRUPTED = 130
+_WIDE = 200  # columns
 
 
 def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,6 +56,14 @@ def checked_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return name
+
+
+def wide_console() -> Any:
+    """Of the terminal; into a file or a pipe as wide as the tables want to be."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
 
 
 def names_in(option: str, text: str) -> list[str]:

@@ -23,10 +23,10 @@ def dry_run(run: Run) -> Table:
     store, device = Store(run.out), run.running.device
     speed: dict[str, float] = {}
     table = Table(title=f"suite {run.suite.name}, {run.suite.num_samples} samples a cell", show_footer=True)
-    for name in ("row", "sampler", "grid"):
-        table.add_column(name, no_wrap=True)
+    for name in ("row", "grid"):
+        table.add_column(name)
     for name in ("budget", "NFE", "seed"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("minutes", justify="right")
     total = 0.0
     for number, cell in enumerate(run.cells):
@@ -67,4 +67,4 @@ def seconds_per_call(model: Network, batch_size: int, device: str) -> float:
 def _columns(cell: Cell, made_by: dict[str, object]) -> list[str]:
     known = "" if cell.problem else f"{'<= ' if cell.plan is None else ''}{cell.calls}"
     who = cell.spec.label if cell.role == "sampler" else f"{cell.spec.label} (the model itself)"
-    return [who, str(made_by["sampler"]), str(made_by["grid"]), str(cell.nfe), known, str(cell.seed)]
+    return [who, str(made_by["grid"]), str(cell.nfe), known, str(cell.seed)]

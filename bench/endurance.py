@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ def _last_line(text: str) -> str:
 def _begun(folder: Path, blocks: int, processes: int = 1) -> Iterator[subprocess.Popen[str]]:
     """A run that has finished or begun so many cells and batches."""
     pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    # a shell that starts a job in the background has it ignore SIGINT, and its children inherit that
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(_command(folder, processes=processes), **pipes)
     deadline = time.monotonic() + _PATIENCE
     while process.poll() is None and time.monotonic() < deadline:

@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from bench.command import plain_errors
+from bench.command import plain_errors, wide_console
 
 _ROOT = Path(__file__).parent.parent
-_WIDE = 140  # columns
 _PATH = click.Path(path_type=Path)
 _METRIC = click.option("--metric", help="A metric of the table; by default its primary distance.")
 
@@ -52,7 +51,7 @@ def diff(a: Path, b: Path, metric: str | None, fail: bool) -> None:
     from bench.results import read_rows
 
     found = compare(read_rows(a), read_rows(b), metric)
-    console = _console()
+    console = wide_console()
     console.print(diff_table(found, str(a), str(b)))
     for line in diff_notes(found, str(a), str(b)):
         console.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
@@ -116,14 +115,6 @@ def doctor(
     _show_findings(findings, stated, examiner.extractor.name)
 
 
-def _console() -> Any:
-    """Of the terminal; into a file or a pipe as wide as the tables want to be."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
-
-
 def _results_of(model: str) -> Path:
     """results/MODEL here, or as it is shipped."""
     here, shipped = Path("results") / model, _ROOT / "results" / model
@@ -149,7 +140,7 @@ def _show_choice(choice: Any, rows: Sequence[Any], budget: int) -> None:
         style = "bold green" if other is row else "green" if mark else ""
         cells = [other["label"], str(other["nfe"]), mark + value_text(other), _percent(chance)]
         table.add_row(*map(escape, cells), style=style)
-    console = _console()
+    console = wide_console()
     console.print(table)
     beyond = beyond_model(of_metric(aggregated(rows), name))
     lines = [
@@ -256,6 +247,6 @@ def _show_findings(findings: Sequence[Any], claim: Any, extractor: str) -> None:
         cells = [found.family, found.name, f"{found.distance:.5g}", f"{found.half:.2g}", off, found.verdict]
         style = "bold green" if found.verdict == EXACT else "" if found.verdict == NO else "green"
         table.add_row(*map(escape, cells), style=style)
-    console = _console()
+    console = wide_console()
     console.print(table)
     console.print(diagnosis(findings, claim), markup=False, highlight=False, soft_wrap=True)
