@@ -107,6 +107,9 @@ def _measure(run: Any) -> None:
             rows = run.rows()
         except WorkerLostError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:  # a full disk, a folder that may not be written
+            went_on = f"what was finished before is kept in {folder}, and the same command goes on from there"
+            raise click.ClickException(f"{error}; {went_on}") from error
     workers.close()
     if not workers.leads:
         return

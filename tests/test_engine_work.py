@@ -220,6 +220,25 @@ def test_a_shard_that_there_is_not(shard: str, message: str, tmp_path: Path) -> 
     assert message in result.output
 
 
+def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    given = ("--num-samples", 40, "--nfe", "2", "--samplers", "ddpm,ddim", "--out", tmp_path)
+    real, written = Blocks.put, []
+
+    def full(self: Blocks, *arguments: Any) -> None:
+        written.append(1)
+        if len(written) > 1:
+            raise OSError(28, "No space left on device")
+        real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Blocks, "put", full)
+        result = bench(*given)
+    assert (result.exit_code, result.exception.__class__) == (1, SystemExit)
+    assert "Error: [Errno 28] No space left on device; what was finished before is kept" in result.output
+    assert len(list(tmp_path.glob("cells/*.json"))) == 1
+    assert bench(*given).exit_code == 0
+
+
 def test_a_dry_run_shows_the_cells_and_measures_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     given = ("--num-samples", 40, "--nfe", "1,4", "--samplers", "heun,ddim", "--seed", "0,1", "--out", out)
