@@ -137,10 +137,6 @@ class Rows:
         ]
         return np.concatenate(parts)[::step] if parts else np.empty((0, *self.shape[1:]), self.dtype)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for _, path in self._blocks:
-            yield from self._block(path)
-
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
 
