@@ -69,7 +69,7 @@ class Run:
         self.cost = {"whole": 0.0, "sampling": 0.0, "judging": 0.0}
         self._tell: Callable[[str], None] = lambda text: self.console.print(text, soft_wrap=True, highlight=False)
         self._store = Store(self.out, self._tell)
-        self._solutions: dict[int, Arrays] = {}  # by seed
+        self._solutions: dict[int, Arrays | SamplingError] = {}  # by seed
 
     def rows(self) -> list[Row]:
         """Measure every cell of the shard that is not yet in the folder, and return the rows of all that are known.
@@ -167,8 +167,14 @@ class Run:
             made_by, leads = identity(many, self.running.device), self.running.workers.leads
             self._store.use(made_by)  # other processes leave its blocks alone
             with self._store.claim(made_by, wait=True) if leads else nullcontext():
-                self._solutions[cell.seed] = sampled(many, self.running, self._store.blocks(made_by))
-        return self._solutions[cell.seed]
+                try:
+                    self._solutions[cell.seed] = sampled(many, self.running, self._store.blocks(made_by))
+                except SamplingError as error:  # not tried again for every cell
+                    self._solutions[cell.seed] = error
+        found = self._solutions[cell.seed]
+        if isinstance(found, SamplingError):
+            raise SamplingError(f"the many-step run failed: {found}")
+        return found
 
     def _clean(self, found: dict[int, Row]) -> None:
         self._solutions.clear()
