@@ -50,7 +50,7 @@ class Fault:
 
 def outcome(fault: Fault, folder: Path, expected: pd.DataFrame) -> dict[str, Any]:
     """Plant a fault in an empty folder, run the command again, and compare."""
-    seen = fault.plant(folder)
+    seen = fault.plant(folder).replace(str(folder), "FOLDER")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*.json")}
     last = _run(folder)
     after = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*.json")}
@@ -87,7 +87,7 @@ def _run(folder: Path, patch: str = "") -> subprocess.CompletedProcess[str]:
 
 def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:160] if lines else "no message"
+    return lines[-1][:200] if lines else "no message"
 
 
 @contextmanager
@@ -146,11 +146,13 @@ def _of_another_cell(content: bytes) -> bytes:
     return json.dumps({**json.loads(content), "seed": 99}).encode()
 
 
-def _patched(line: str) -> Callable[[Path], str]:
-    """A run in a process in which something is broken."""
+def _patched(line: str, sign: str) -> Callable[[Path], str]:
+    """A run in a process in which something is broken, as `sign` in its output shows."""
 
     def plant(folder: Path) -> str:
         done = _run(folder, line)
+        if sign not in done.stdout + done.stderr:
+            raise RuntimeError(f"the fault was not planted: {_last_line(done.stderr or done.stdout)}")
         return f"exit code {done.returncode}: {_last_line(done.stderr or done.stdout)}"
 
     return plant
@@ -166,6 +168,7 @@ import torch, bench.measure as m
 real = m.run_network
 def small(model, plan, inputs, *, indices, **how):
     if len(indices) > 20:
+        print('halved')
         raise torch.OutOfMemoryError('CUDA out of memory')
     return real(model, plan, inputs, indices=indices, **how)
 m.run_network = small
@@ -176,6 +179,7 @@ hours = itertools.cycle([0, -48, 5000])
 class Clock(d.datetime):
     @classmethod
     def now(cls, tz=None):
+        print('later')
         return d.datetime.now(tz) + d.timedelta(hours=next(hours))
 m.datetime = type('module', (), {'datetime': Clock, 'timezone': d.timezone})
 """
@@ -185,11 +189,11 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 """
 _UNREADABLE = """
-import bench.zoo as z
+import bench.api
 from distill.checkpoint import CheckpointError
 def broken(*args):
     raise CheckpointError('model.safetensors is truncated')
-z._ZOO['gmm'] = broken
+bench.api.load_model = broken
 """
 
 
@@ -197,7 +201,7 @@ def _on_small_disk(folder: Path) -> str:
     """The results folder is a file system of 64 kB, where that may be mounted."""
     folder.mkdir(parents=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True).returncode:
-        return "not planted: no right to mount; " + _patched(_FULL)(folder)
+        return "not planted: no right to mount; " + _patched(_FULL, "File too large")(folder)
     try:
         done = _run(folder)
         kept = {path.name: path.read_bytes() for path in folder.glob("cells/*.json")}
@@ -260,7 +264,7 @@ FAULTS = (
     Fault("Ctrl-C", _stopped(signal.SIGINT, 11)),
     Fault("terminated by the system", _stopped(signal.SIGTERM, 12)),
     Fault("full disk: a small file system", _on_small_disk),
-    Fault("full disk: writes refused beyond a size", _patched(_FULL)),
+    Fault("full disk: writes refused beyond a size", _patched(_FULL, "File too large")),
     Fault("read-only folder", _read_only),
     Fault("truncated record of a cell", _damaged("cells/*.json", lambda content: content[: len(content) // 2]), 1),
     Fault("empty record of a cell", _damaged("cells/*.json", lambda _: b""), 1),
@@ -268,10 +272,10 @@ FAULTS = (
     Fault("truncated batch", _damaged("work/*/*.npz", lambda content: content[: len(content) // 2])),
     Fault("flipped bit in a batch", _damaged("work/*/*.npz", _flipped)),
     Fault("half-written files", _left_over),
-    Fault("model that cannot be read", _patched(_UNREADABLE)),
-    Fault("network that gives NaN", _patched(_NAN)),
-    Fault("out of memory", _patched(_MEMORY)),
-    Fault("clock that jumps back and ahead", _patched(_CLOCK)),
+    Fault("model that cannot be read", _patched(_UNREADABLE, "model.safetensors is truncated")),
+    Fault("network that gives NaN", _patched(_NAN, "NaN or Inf")),
+    Fault("out of memory", _patched(_MEMORY, "halved")),
+    Fault("clock that jumps back and ahead", _patched(_CLOCK, "later")),
     Fault("death of a worker under torchrun", _worker_death),
     Fault("concurrent runs, one killed", _concurrent(0)),
     Fault("concurrent runs, two killed", _concurrent(1)),
