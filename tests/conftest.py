@@ -117,3 +117,16 @@ def tiny_unet():
             layers_per_block=1,
         )
     return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """`tiny_folder(builder)`: the folder of a pipeline of `tiny_pipelines`, made once."""
+    made = {}
+
+    def folder(builder):
+        if builder not in made:
+            made[builder] = builder(tmp_path_factory.mktemp(builder.__name__))
+        return made[builder]
+
+    return folder
