@@ -111,7 +111,9 @@ def test_what_is_not_understood_is_an_error(unet: nn.Module) -> None:
         TypeError, match="scheduler must be a diffusers scheduler with a config, got UNet2DModel|NoneType"
     ):
         eps_model_from_diffusers(unet, None)
-    with pytest.raises(ValueError, match="match flows or be one of EDM's, got ScoreSdeVeScheduler"):
-        eps_model_from_diffusers(unet, diffusers.ScoreSdeVeScheduler())
+    with pytest.raises(ValueError, match="must precondition its network as EDM's do, got CMStochasticIterative"):
+        eps_model_from_diffusers(unet, diffusers.CMStochasticIterativeScheduler())
+    with pytest.raises(ValueError, match="scheduler must hold alphas_cumprod, match flows, .* got VQDiffusion"):
+        eps_model_from_diffusers(unet, diffusers.VQDiffusionScheduler(num_vec_classes=8))
     with pytest.raises(ValueError, match="unknown prediction_type of the scheduler 'noise'"):
         eps_model_from_diffusers(unet, diffusers.DDPMScheduler(prediction_type="noise"))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from samplers import schedules
+from samplers.adapters.diffusers.networks import DiffusersNet, flow_time
 from samplers.errors import unknown
 from samplers.model import EpsModel
 from samplers.schedule import Schedule
@@ -24,12 +25,14 @@ def eps_model_from_diffusers(network: nn.Module, scheduler: Any) -> EpsModel:
     """A network of diffusers with its scheduler, as an epsilon-model.
 
     Args:
-        network: such as `UNet2DModel`, `UNet2DConditionModel` or a transformer: `network(x, t, **cond)` gives a tensor, or an
-            object with `sample`. One that learned the variance too gives twice the channels of x, of which the first half is
-            the prediction.
+        network: such as `UNet2DModel`, `UNet2DConditionModel` or a transformer (DiT, PixArt, SD3, Flux): `network(x, t, **cond)`
+            gives a tensor, or an object with `sample`. One that learned the variance too gives twice the channels of x, of
+            which the first half is the prediction; `samplers.adapters.variance` samples with both.
         scheduler: of any kind that holds `alphas_cumprod` (DDPM, DDIM, DPM-Solver, ...: t is the training step, 0 .. T - 1),
-            one that matches flows (t in [0, 1], and the network takes `num_train_timesteps * t`), or one of EDM's. Only the
-            noise schedule and the prediction are taken from it; how it steps is not.
+            one that matches flows (t in [0, 1], and the network takes `num_train_timesteps * t`, or t where it is one of those
+            that do), one of EDM's, or the variance-exploding one of score SDEs (t is sigma). Only the noise schedule and the
+            prediction are taken from it. How it steps is not, nor a flow scheduler's `shift`, which says where the nodes of
+            its grid lie and nothing of what the network was trained on: give shifted nodes as `timesteps=`.
 
     Returns:
         The model; further inputs of the network (`encoder_hidden_states`, `class_labels`, ...) go through `cond`.
@@ -45,50 +48,35 @@ def eps_model_from_diffusers(network: nn.Module, scheduler: Any) -> EpsModel:
         raise TypeError(f"scheduler must be a diffusers scheduler with a config, got {type(scheduler).__name__}")
     if "sigma_data" in config and "sigma_max" in config:
         return _edm_model(network, scheduler, config)
-    schedule, predicts, time_input = _described(scheduler, config)
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        return _continuous_v_model(network, config)
+    if "snr" in config and "sigma_max" in config:  # Song et al. 2021, arXiv:2011.13456: the network is given sigma
+        return EpsModel(DiffusersNet(network), schedules.edm(*_range(config)), "score")
+    schedule, predicts, time_input = _described(network, scheduler, config)
     return EpsModel(DiffusersNet(network), schedule, predicts, time_input)
 
 
-class DiffusersNet:
-    """`net(x, t, **cond) -> prediction` around a network of diffusers; arguments as in `eps_model_from_diffusers`.
-
-    Args:
-        network: of diffusers.
-        sign: of the prediction.
-    """
-
-    def __init__(self, network: nn.Module, sign: float = 1.0) -> None:
-        self.network, self.sign = network, sign
-
-    def parameters(self) -> Any:
-        """Of the network."""
-        return self.network.parameters()
-
-    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """The prediction for states x (B, C, ...) and times t (B,), in x's shape and dtype."""
-        found = self.network(x, t, **cond)
-        out = found if isinstance(found, Tensor) else found[0] if isinstance(found, tuple) else found.sample
-        if out.dim() == x.dim() and out.shape[1] == 2 * x.shape[1]:
-            out = out[:, : x.shape[1]]
-        return out if self.sign > 0 else -out
-
-
-def _described(scheduler: Any, config: Mapping[str, Any]) -> tuple[Schedule, str, Callable[[Tensor], Tensor] | None]:
+def _described(
+    network: nn.Module, scheduler: Any, config: Mapping[str, Any]
+) -> tuple[Schedule, str, Callable[[Tensor], Tensor] | None]:
     """The noise schedule, what the network predicts, and the time that it takes."""
     table = getattr(scheduler, "alphas_cumprod", None)
-    if table is None and "num_train_timesteps" in config and "shift" in config:
-        steps = float(config["num_train_timesteps"])
-        return schedules.flow(), "flow", lambda t: steps * t
+    prediction = config.get("prediction_type", "epsilon")
+    matches_flows = table is None and "num_train_timesteps" in config and "shift" in config
+    if matches_flows or (config.get("use_flow_sigmas") and prediction == "flow_prediction"):
+        factor = flow_time(network, float(config["num_train_timesteps"]))
+        return schedules.flow(), "flow", None if factor == 1 else lambda t: factor * t
     if table is None:
         raise ValueError(
-            f"scheduler must hold alphas_cumprod, match flows or be one of EDM's, got {type(scheduler).__name__}"
+            "scheduler must hold alphas_cumprod, match flows, be one of EDM's or that of a variance-exploding SDE, got "
+            f"{type(scheduler).__name__}"
         )
-    prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTS:
         raise unknown("prediction_type of the scheduler", str(prediction), _PREDICTS)
     if prediction == "flow_prediction":
         raise ValueError(
-            "prediction_type of the scheduler is 'flow_prediction' beside alphas_cumprod; use a flow scheduler"
+            "prediction_type of the scheduler is 'flow_prediction' beside alphas_cumprod; use a flow scheduler, or one with "
+            "use_flow_sigmas=True"
         )
     return schedules.from_alphas_cumprod(_exact(table, config)), _PREDICTS[prediction], None
 
@@ -117,6 +105,33 @@ def _edm_model(network: nn.Module, scheduler: Any, config: Mapping[str, Any]) ->
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _EDM:
         raise unknown("prediction_type of the scheduler", str(prediction), _EDM)
-    schedule = schedules.edm(float(config["sigma_min"]), float(config["sigma_max"]))
-    net = DiffusersNet(network, _EDM[prediction])
-    return EpsModel(net, schedule, "edm", sigma_data=float(config["sigma_data"]))
+    to_noise = getattr(scheduler, "precondition_noise", None)
+    if not callable(to_noise):  # that of consistency models, say, whose preconditioning is another
+        raise ValueError(f"scheduler must precondition its network as EDM's do, got {type(scheduler).__name__}")
+    probe = torch.tensor([0.1, 7.0], dtype=torch.float64)
+    usual = torch.allclose(to_noise(probe), 0.25 * probe.log())
+    return EpsModel(
+        DiffusersNet(network, _EDM[prediction]),
+        schedules.edm(*_range(config)),
+        "edm",
+        None if usual else lambda c_noise: to_noise(torch.exp(4.0 * c_noise)),
+        sigma_data=float(config["sigma_data"]),
+    )
+
+
+def _continuous_v_model(network: nn.Module, config: Mapping[str, Any]) -> EpsModel:
+    """v-prediction at sigmas beyond any table (`timestep_type="continuous"`): EDM's F with unit data and the sign of v."""
+    net = DiffusersNet(network, _EDM["v_prediction"])
+    return EpsModel(net, schedules.edm(*_range(config)), "edm", sigma_data=1.0)
+
+
+def _range(config: Mapping[str, Any]) -> tuple[float, float]:
+    """The smallest and the largest sigma of a scheduler that is defined by them.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    found = config.get("sigma_min"), config.get("sigma_max")
+    if None in found:
+        raise ValueError(f"scheduler must have sigma_min and sigma_max, got {found[0]} and {found[1]}")
+    return float(found[0]), float(found[1])  # type: ignore[arg-type]
