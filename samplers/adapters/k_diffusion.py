@@ -3,7 +3,9 @@
 k-diffusion, and with it ComfyUI and A1111, calls a sampler as `sample(model, x, sigmas, extra_args, callback, disable)`, where
 `model(x, sigma, **extra_args)` is the clean data behind `x = x0 + sigma eps`. That is the schedule `edm`, whose time is sigma.
 ComfyUI's flow models keep the form with `x = (1 - sigma) x0 + sigma eps`, the schedule `flow`, whose time is sigma too. So a
-sampler's function builds its plan on the sigmas that it is given, and nothing has to be converted.
+sampler's function builds its plan on the sigmas that it is given, and nothing has to be converted. What a sampler computes does
+not depend on the schedule's own time, with three exceptions, which take sigma for it here: `deis-k` with `variant="tab"`, `pndm`,
+and `euler` with `variable="t"`.
 
 Nothing of k-diffusion is imported here.
 """
