@@ -99,9 +99,8 @@ def prepare(
     device = checked_device(workers.device(device))
     if compile == "graph" and not device.startswith("cuda"):
         raise ValueError(f"compile='graph' records a CUDA graph; device must be cuda, got {device!r}")
-    model = load_model(
-        suite.model, device, default_dtype(device) if dtype == "auto" else dtype, suite.judge, suite.num_samples
-    )
+    dtype = default_dtype(device) if dtype == "auto" else dtype
+    model = load_model(suite.model, device, dtype, suite.judge, suite.num_samples, **suite.reading)
     folder = Path(out) if out is not None else Path("results") / f"{suite.name}-{suite.num_samples}"
     running = Running(device, suite.batch_size, compile, share_first_call, workers)
     return Run(suite, model, folder, running, console, shard)

@@ -20,7 +20,16 @@ from bench.command import integers_in, names_in, plain_errors, resumable, wide_c
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples for each network call; does not change them.")
 @click.option("--seed", help="Of all noise; or several, separated by commas, with a cell for each.")
 @click.option("--metrics", help="Beside the Frechet distance, separated by commas, such as kid,rmse.")
-@click.option("--model", help="A model of the zoo, or a checkpoint folder; a student gets a row of its own.")
+@click.option(
+    "--model",
+    help="A model of the zoo, a checkpoint folder (a student gets a row of its own), a diffusers pipeline's, or hf:ID.",
+)
+@click.option("--prompts", help="Of a pipeline that takes text: a file with one prompt a line; sample i takes line i.")
+@click.option("--scale", type=float, help="Of classifier-free guidance of a pipeline; 1 is none.")
+@click.option("--size", type=click.IntRange(min=1), help="Height and width in pixels, of a pipeline.")
+@click.option("--tiles", is_flag=True, default=None, help="A pipeline's VAE decodes tile by tile, in less memory.")
+@click.option("--extractor", help="Of a judge of images: inception:FILE, dinov2:FOLDER, or pixels; with --reference.")
+@click.option("--reference", help="Real images for --extractor: a folder, zip, npz or Parquet file, or statistics.")
 @click.option(
     "--student", "students", multiple=True, metavar="LABEL=PATH", help="Folder of a student, or of several; repeatable."
 )
@@ -54,6 +63,12 @@ def bench(
     guidance: float | None,
     shard: str,
     dry_run: bool,
+    prompts: str | None,
+    scale: float | None,
+    size: int | None,
+    tiles: bool | None,
+    extractor: str | None,
+    reference: str | None,
     **how: Any,
 ) -> None:
     """Measure a SUITE of samplers (by default: mnist) and write table, plot and pictures.
@@ -69,6 +84,8 @@ def bench(
         "batch_size": batch_size,
         "model": model,
         "guidance": guidance,
+        **{"prompts": prompts, "scale": scale, "size": size, "tiles": tiles},
+        "judge": _judge(extractor, reference),
     }
     changes["nfe"] = None if nfe is None else integers_in("--nfe", nfe)
     changes["seeds"] = None if seed is None else integers_in("--seed", seed)
@@ -124,6 +141,16 @@ def _measure(run: Any) -> None:
     title = write_results(suite, model, folder, device, rows)
     run.console.print(terminal(rows, model.judge.floor, title, suite.note))
     say(f"table, plot and pictures: {folder}")
+
+
+def _judge(extractor: str | None, reference: str | None) -> dict[str, str] | None:
+    """The judge that replaces the suite's."""
+    if extractor is None and reference is None:
+        return None
+    if extractor is None or reference is None:
+        missing = "--extractor" if extractor is None else "--reference"
+        raise ValueError(f"a judge is an extractor and real images: give {missing} too")
+    return {"extractor": extractor, "reference": reference}
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from bench.judging import Metric, get_metric
+from bench.pipelines import is_pipeline
 from bench.store import code_fingerprint, key_of
 from bench.students import check_alike, inputs_of, load_students, training_cost
 from bench.suite import SamplerSpec, Spec, StudentSpec, Suite
@@ -123,7 +124,7 @@ def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
             none takes.
     """
     own = {
-        spec.model: _beside(spec.model, model, device)
+        spec.model: _beside(spec.model, model, device, suite.reading if is_pipeline(spec.model) else {})
         for spec in suite.samplers
         if isinstance(spec, SamplerSpec) and spec.model is not None
     }
@@ -176,9 +177,9 @@ def _check_metrics(suite: Suite, model: BenchModel, many_steps: Cell) -> None:
             )
 
 
-def _beside(name: str, model: BenchModel, device: str) -> BenchModel:
+def _beside(name: str, model: BenchModel, device: str, reading: Mapping[str, Any]) -> BenchModel:
     """A row's own model, judged as the suite's."""
-    other = judged(load_network(name, device, model.dtype), model.judge)
+    other = judged(load_network(name, device, model.dtype, **reading), model.judge)
     check_alike(f"model {name!r}", other, model)
     return other
 

@@ -18,6 +18,7 @@ from bench.cells import Cell, Row, settings
 from bench.judge import Judge
 from bench.judging import Arrays, Metric
 from bench.metrics import Distance, frechet_interval
+from bench.network import Network
 from bench.provenance import energy_joules, peak_memory_mb
 from bench.students import run_network
 from bench.suite import SamplerSpec
@@ -182,7 +183,8 @@ def _sample_batch(
     solution: Arrays | None,
 ) -> None:
     reported, began, energy = 0, time.perf_counter(), energy_joules(running.device)
-    schedule, frames, few = cell.model.model.schedule, list[Tensor](), max(FILMED - batch.start, 0)
+    schedule, frames = cell.model.model.schedule, list[Tensor]()
+    few = max(FILMED - batch.start, 0) if cell.model.space is None else 0  # latents are no picture
 
     def report(step: Progress) -> None:
         nonlocal reported
@@ -195,7 +197,7 @@ def _sample_batch(
     indices = torch.arange(batch.start, batch.stop, device=running.device)
     samples, calls, evaluations = _samples(cell, running, indices, report)
     sampled, joules = time.perf_counter(), energy_joules(running.device) - energy
-    rows = _known(cell, samples, batch, solution)
+    rows = _known(cell, _pixels(cell.model, samples), batch, solution)
     rows["film"] = torch.stack(frames, 1).numpy() if frames else np.empty((0, 0), np.float32)
     totals = {"seconds": sampled - began, "judging_seconds": time.perf_counter() - sampled}
     totals |= {"calls": calls * len(batch), "evaluations": evaluations}
@@ -227,6 +229,11 @@ def _samples(cell: Cell, running: Running, indices: Tensor, report: Any) -> tupl
             f"{cell.spec.label}: the plan says {cell.plan.nfe} network calls, the network counted {meter.calls}"
         )
     return x, meter.calls, meter.evaluations
+
+
+def _pixels(model: Network, samples: Tensor) -> Tensor:
+    """What is judged and shown of samples, on the CPU as they are."""
+    return samples if model.space is None else model.decode(samples.to(model.device)).cpu()
 
 
 def _error_controlled(cell: Cell, indices: Tensor, callback: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from bench.meter import Meter
+from bench.prompts import PromptEncoder
 from distill.checkpoint import Checkpoint, content_hash
 from distill.config import DTYPES
 from samplers import EpsModel, Plan
+from samplers.adapters.latent import LatentSpace
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Network:
         plans: of a student, the plan for each number of calls that it was trained for; empty for any other model.
         scalars: names of further inputs of the network, a number for each sample.
         info: what its checkpoint says of its training.
+        space: of a latent model whose samples are to become pixels; None for a model of pixels.
+        prompts: of a model that takes texts, what makes conditions of them.
+        null_label: the label that stands for none, where there is one.
+        rows: conditions of a benchmark, of which sample i has row i modulo their count.
+        device: of torch, where the network is.
     """
 
     name: str
@@ -42,6 +49,11 @@ class Network:
     plans: Mapping[int, Plan] = field(default_factory=dict)
     scalars: tuple[str, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
+    space: LatentSpace | None = None
+    prompts: PromptEncoder | None = None
+    null_label: int | None = None
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    device: str = "cpu"
 
     @property
     def meter(self) -> Meter:
@@ -50,13 +62,62 @@ class Network:
         return self.model.net
 
     @property
+    def pixel_shape(self) -> tuple[int, ...]:
+        """Of one sample as it is judged and shown: of its image, where a sample is latents."""
+        return self.shape if self.space is None else self.space.pixel_shape(self.shape)
+
+    @property
     def images(self) -> bool:
-        """Whether a sample is an image (C, H, W)."""
-        return len(self.shape) == 3
+        """Whether what is judged is an image (C, H, W)."""
+        return len(self.pixel_shape) == 3
+
+    def decode(self, samples: Tensor) -> Tensor:
+        """Pixels (B, *pixel_shape) in about [-1, 1] from samples (B, *shape); those of a pixel model are pixels."""
+        return samples if self.space is None else self.space.decode(samples)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Clean data (B, *shape) of the model's own space from pixels (B, *pixel_shape)."""
+        return pixels if self.space is None else self.space.encode(pixels)
 
     def cond(self, indices: Tensor) -> dict[str, Tensor]:
-        """The condition of samples: labels cycle with the index, so that any prefix is balanced."""
-        return {"class_labels": indices % self.classes} if self.classes else {}
+        """The condition of samples: labels and prompts cycle with the index, so that any prefix is balanced."""
+        labels = {"class_labels": indices % self.classes} if self.classes else {}
+        return labels | {name: value[indices % len(value)] for name, value in self.rows.items()}
+
+    def condition(
+        self, *, prompts: Sequence[str] | None = None, labels: Sequence[int] | Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What to give as `cond=` for samples of these prompts or labels, with a row for each; {} for neither.
+
+        Raises:
+            ValueError: prompts or labels that the model does not take, or a label that it has not.
+        """
+        cond: dict[str, Tensor] = {}
+        if prompts is not None:
+            if self.prompts is None:
+                raise ValueError(f"prompts must be None: model {self.name} takes no text, got {prompts!r}")
+            cond |= self.prompts(prompts)
+        if labels is not None:
+            rows, most = torch.as_tensor(labels), self.classes - (self.null_label is None)
+            if not self.classes or rows.is_floating_point() or bool(((rows < 0) | (rows > most)).any()):
+                takes = f"takes labels 0 .. {most}" if self.classes else "takes none"
+                raise ValueError(f"labels: model {self.name} {takes}, got {rows.tolist()}")
+            cond["class_labels"] = rows.reshape(-1).to(self.device, torch.int64)
+        return cond
+
+    def null(self, batch: int) -> dict[str, Tensor]:
+        """The condition of no condition, for `batch` samples: that of the empty prompt, or the label for none.
+
+        Raises:
+            ValueError: the model has no such condition.
+        """
+        if self.prompts is not None:
+            return {name: value.expand(batch, *value.shape[1:]) for name, value in self.prompts.null().items()}
+        if self.null_label is not None:
+            return {"class_labels": torch.full((batch,), self.null_label, device=self.device)}
+        raise ValueError(
+            f"model {self.name} has no condition that stands for none, so nothing can be guided away from it"
+        )
 
 
 def on_device(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Network:
@@ -72,7 +133,7 @@ def on_device(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Net
     network = copy.deepcopy(checkpoint.network).to(device, **layout)
     model = EpsModel(Meter(in_dtype(network, DTYPES[dtype])), checkpoint.schedule, predicts=checkpoint.predicts)
     trained: dict[str, Any] = {"plans": checkpoint.plans, "scalars": network.scalars, "info": checkpoint.info}
-    return Network(name, digest, model, network.shape, network.classes, dtype, **trained)
+    return Network(name, digest, model, network.shape, network.classes, dtype, device=device, **trained)
 
 
 def model_hash(weights: Mapping[str, Tensor], made_of: Mapping[str, Any]) -> str:

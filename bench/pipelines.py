@@ -1,19 +1,46 @@
-"""Pipelines of diffusers, from a folder or the hub, as networks of a benchmark."""
+"""Pipelines of diffusers, from a folder or the hub, as networks of a benchmark: on pixels or latents, with labels or prompts."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bench.meter import Meter
 from bench.network import Network, in_dtype, model_hash
+from bench.prompts import PromptEncoder, has_prompts, prompts_in
 from distill.config import DTYPES
 from samplers.adapters.diffusers import eps_model_from_diffusers
+from samplers.adapters.latent import LatentSpace
 
 HUB = "hf:"
 INDEX = "model_index.json"
+_PATCHED = "FluxTransformer2DModel"  # whose channels are those of patches of 2 x 2
+_NOT_GUIDED = ("time_ids", "guidance", "resolution", "aspect_ratio")  # conditions that a prompt does not change
+_LABELLED = "DiTTransformer2DModel"  # whose last label, after the classes, is none
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a pipeline becomes a model.
+
+    Attributes:
+        prompts: for a pipeline that takes them: texts, of which sample i has number i modulo their count, or a file with one
+            prompt a line.
+        guidance: scale of classifier-free guidance, which makes two evaluations of a call; None or 1 = none.
+        pixels: whether samples of a latent model come out as pixels, which a benchmark judges and shows; else as latents.
+        size: height and width in pixels; None = what the pipeline was trained for.
+        tiles: whether its VAE decodes tile by tile.
+    """
+
+    prompts: str | tuple[str, ...] = ()
+    guidance: float | None = None
+    pixels: bool = True
+    size: int | None = None
+    tiles: bool = False
 
 
 def is_pipeline(name: str) -> bool:
@@ -21,42 +48,114 @@ def is_pipeline(name: str) -> bool:
     return name.startswith(HUB) or (Path(name) / INDEX).is_file()
 
 
-def load_pipeline(name: str, device: str, dtype: str) -> Network:
-    """The network and noise schedule of a pipeline whose samples are pixels.
+def load_pipeline(name: str, device: str, dtype: str, **reading: Any) -> Network:
+    """The network and noise schedule of a pipeline; on latents where it has a VAE, whose samples `decode` makes pixels.
 
     Args:
         name: a folder, or "hf:" and an id of the hub, such as "hf:google/ddpm-cifar10-32", which is then downloaded; weights
             are read from safetensors only.
-        device, dtype: as for `bench.zoo.load_model`.
+        device, dtype: as for `bench.zoo.load_model`. The VAE and text encoders compute in float32.
+        **reading: fields of `Reading`.
 
     Raises:
-        ValueError: no such folder or id, no safetensors, a pipeline that works on latents or text, or a scheduler that is not
-            understood.
+        ValueError: no such folder or id, no safetensors, a kind of pipeline or scheduler that is not understood, a VAE that
+            does not fit, or prompts for a pipeline that takes none.
     """
+    return _loaded(_opened(name), name, device, dtype, Reading(**reading))
+
+
+def _opened(name: str) -> Any:
     from diffusers import DiffusionPipeline
 
     place, local = name.removeprefix(HUB), not name.startswith(HUB)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(place, local_files_only=local, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+        return DiffusionPipeline.from_pretrained(place, local_files_only=local, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ValueError(f"model {name!r} is no pipeline that can be loaded: {str(error).splitlines()[0]}") from error
-    beyond = [
-        part for part in ("vae", "text_encoder", "vqvae", "image_encoder") if getattr(pipeline, part, None) is not None
-    ]
-    if beyond:
-        raise ValueError(f"model {name!r} must be a pipeline whose samples are pixels, got one with a {beyond[0]}")
+
+
+def _loaded(pipeline: Any, name: str, device: str, dtype: str, how: Reading) -> Network:
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     if network is None:
         raise ValueError(
             f"model {name!r} must be a pipeline with a unet or a transformer, got {type(pipeline).__name__}"
         )
-    made_of = {"network": dict(network.config), "scheduler": dict(pipeline.scheduler.config)}
-    digest = model_hash(network.state_dict(), made_of)
+    kind = type(network).__name__
+    if kind == "UNetMotionModel" or "3D" in kind:
+        raise ValueError(f"model {name!r} must be a pipeline of images, got one with a {kind}, which makes videos")
+    channels = network.config.in_channels // (4 if kind == _PATCHED else 1)
+    space = _space(pipeline, channels, name, device, how)
+    factor = space.factor if space else 1
+    height, width = _sides(pipeline, network, factor, how)
+    digest = model_hash(network.state_dict(), _made_of(pipeline, network, space, how))
     layout: Any = {"dtype": DTYPES[dtype], "memory_format": torch.channels_last}
-    network = network.eval().requires_grad_(False).to(device, **layout)
+    network = nn.Module.to(network.eval().requires_grad_(False), device, **layout)  # without a remark of diffusers' own
     model = eps_model_from_diffusers(network, pipeline.scheduler)
     model.net = Meter(in_dtype(model.net, DTYPES[dtype]))
-    size = network.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    classes = int(network.config.get("num_class_embeds") or 0)
-    return Network(name, digest, model, (network.config.in_channels, height, width), classes, dtype)
+    encoder = None
+    if has_prompts(pipeline):
+        encoder = PromptEncoder(pipeline, network, (height * factor, width * factor), device)
+    labelled = kind == _LABELLED
+    classes = int(network.config.get("num_embeds_ada_norm" if labelled else "num_class_embeds") or 0)
+    found = Network(
+        *(name, digest, model, (channels, height, width), classes, dtype),
+        space=space if how.pixels else None,
+        prompts=encoder,
+        null_label=classes if labelled else None,
+        device=device,
+    )
+    return _conditioned(found, how)
+
+
+def _space(pipeline: Any, channels: int, name: str, device: str, how: Reading) -> LatentSpace | None:
+    """The latent space of a pipeline with a VAE, on the device in float32."""
+    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if vae is None:
+        return None
+    try:
+        vae = nn.Module.to(vae.eval().requires_grad_(False), device, torch.float32)
+        return LatentSpace.of(vae, tiles=how.tiles, channels=channels)
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: {error}") from error
+
+
+def _sides(pipeline: Any, network: Any, factor: int, how: Reading) -> tuple[int, int]:
+    """Height and width of a sample, in the model's own space."""
+    if how.size is not None:
+        step = 2 * factor if type(network).__name__ == _PATCHED else factor
+        if how.size < step or how.size % step:
+            raise ValueError(f"size must be a multiple of {step} pixels, got {how.size}")
+        return how.size // factor, how.size // factor
+    size = network.config.get("sample_size") or getattr(pipeline, "default_sample_size", None)
+    if size is None:
+        raise ValueError(f"size must be given: {type(pipeline).__name__} does not say what it was trained for")
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _made_of(pipeline: Any, network: Any, space: LatentSpace | None, how: Reading) -> dict[str, Any]:
+    """What a sample follows from beside the weights of the network."""
+    made_of: dict[str, Any] = {"network": dict(network.config), "scheduler": dict(pipeline.scheduler.config)}
+    if space is not None and how.pixels:
+        made_of["vae"] = model_hash(space.vae.state_dict(), dict(space.vae.config))
+    if how.size is not None or how.tiles:
+        made_of["size"] = [how.size, how.tiles]
+    return made_of
+
+
+def _conditioned(network: Network, how: Reading) -> Network:
+    """The network with the conditions of a benchmark, and guided where that is wanted."""
+    if how.prompts:
+        texts = prompts_in(how.prompts)
+        rows = network.condition(prompts=texts)
+        network = replace(network, rows=rows, hash=model_hash(rows, {"network": network.hash, "prompts": texts}))
+    elif network.prompts is not None:
+        network = replace(network, rows=network.null(1))
+    if how.guidance is None or how.guidance == 1:
+        return network
+    if network.prompts is not None and not how.prompts:
+        raise ValueError(f"guidance={how.guidance:g} guides towards prompts, of which none are given; give prompts")
+    from samplers.guidance.classifier_free import classifier_free
+
+    null = {name: value for name, value in network.null(1).items() if name not in _NOT_GUIDED}
+    model = classifier_free(network.model, how.guidance, null)
+    return replace(network, model=model, hash=model_hash({}, {"network": network.hash, "guidance": how.guidance}))

@@ -25,7 +25,8 @@ _SOURCES = (
     *("bench/mixture_file.py", "bench/network.py", "bench/pipelines.py", "bench/students.py", "bench/measure.py"),
     *("bench/features.py", "bench/extractors.py", "bench/reference.py", "bench/judge.py", "bench/moments.py"),
     *("bench/intervals.py", "bench/metrics.py", "bench/sample_metrics.py", "bench/solver_error.py", "bench/judging.py"),
-    *("samplers/adapters/diffusers.py", "distill/network.py"),
+    *("samplers/adapters/diffusers/models.py", "samplers/adapters/diffusers/networks.py", "distill/network.py"),
+    *("samplers/adapters/latent.py", "samplers/adapters/variance.py", "bench/prompts.py"),
 )
 WORK = "work"  # what is not finished
 _LOCK = ".lock"

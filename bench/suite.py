@@ -126,6 +126,8 @@ class Suite(Strict):
         judge: for a model of images, a folder of a feature extractor and statistics (see `judge.folder_judge`), or an
             extractor and real images; None is the shipped one for digits.
         note: what every table and plot must say.
+        prompts, scale, size, tiles: of a pipeline of diffusers, as `bench.pipelines.Reading` has them, `scale` being its
+            `guidance`.
     """
 
     name: str
@@ -139,7 +141,17 @@ class Suite(Strict):
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     metrics: tuple[str, ...] = ()
     guidance: float | None = None
+    prompts: str | tuple[str, ...] = ()
+    scale: float | None = None
+    size: int | None = Field(default=None, ge=1)
+    tiles: bool = False
     teacher: TeacherSpec
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How a pipeline becomes a model: arguments of `bench.zoo.load_network`."""
+        how = {name: getattr(self, name) for name in ("prompts", "size", "tiles")}
+        return {**how, "guidance": self.scale}
 
     @field_validator("nfe")
     @classmethod

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from bench.judge import DIGITS, FEATURES, Judge, JudgeSpec, digit_judge, folder_
 from bench.meter import Meter
 from bench.metrics import FrechetReference
 from bench.network import Network, on_device
-from bench.pipelines import is_pipeline, load_pipeline
+from bench.pipelines import HUB, Reading, is_pipeline, load_pipeline
 from bench.problems import NAMES, Problem, load_problem
 from distill.checkpoint import load_checkpoint
 from distill.config import DTYPES
@@ -43,6 +45,7 @@ def load_model(
     dtype: str = "fp32",
     judge: str | Path | JudgeSpec | None = None,
     num_samples: int = 0,
+    **reading: Any,
 ) -> BenchModel:
     """A model by name, or from a folder.
 
@@ -54,37 +57,56 @@ def load_model(
         judge: of images that no shipped judge is for, a folder as `bench.judge.folder_judge` takes it, or an extractor with
             real images; None is the shipped one, which judges 28 x 28 digits.
         num_samples: that will be judged, on which FID's name depends.
+        **reading: of a pipeline, fields of `bench.pipelines.Reading`.
 
     Raises:
-        ValueError: an unknown name or dtype, a judge for a model that has its own or of images of another shape, or none.
+        ValueError: an unknown name or dtype, prompts for a model that takes none, a judge for a model that has its own or of
+            images of another shape, or none.
         distill.checkpoint.CheckpointError: a checkpoint that cannot be used.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     problem = load_problem(name)
     if problem is not None:
+        _asked(name, reading)
         if judge is not None:
             raise ValueError(f"judge is for a model of images, model {name!r} has its own; got {str(judge)!r}")
         return _exact(problem, device)
-    network = load_network(name, device, dtype)
+    network = load_network(name, device, dtype, **reading)
     if isinstance(judge, JudgeSpec):
-        return judged(network, judge_of(judge, network.shape, num_samples, device))
+        return judged(network, judge_of(judge, network.pixel_shape, num_samples, device))
     return judged(network, _judge_in(judge, network, device))
 
 
-def load_network(name: str, device: str, dtype: str) -> Network:
+def load_network(name: str, device: str, dtype: str, **reading: Any) -> Network:
     """The network of a model, as `load_model` takes it, without a judge of its samples."""
+    asked = _asked(name, reading)
     if load_problem(name) is not None:
         return load_model(name, device, dtype)
     if name == _MNIST:
         return on_device(name, load_checkpoint(TEACHER), device, dtype)
     if is_pipeline(name):
-        return load_pipeline(name, device, dtype)
+        return load_pipeline(name, device, dtype, **asked)
     if Path(name).exists():
         return on_device(name, load_checkpoint(name), device, dtype)
     if "/" in name:
-        raise ValueError(f"model {name!r}: there is no such folder; give {', '.join((_MNIST, *NAMES, *_FOLDERS))}")
+        raise ValueError(
+            f"model {name!r}: there is no such folder; give {', '.join((_MNIST, *NAMES, *_FOLDERS))}, which is "
+            f"{HUB}{name} if {name!r} is an id of the hub"
+        )
     raise unknown("model", name, (_MNIST, *NAMES, *_FOLDERS))
+
+
+def _asked(name: str, reading: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked of a pipeline beyond the usual.
+
+    Raises:
+        ValueError: something of what is none.
+    """
+    asked = {key: value for key, value in reading.items() if value != getattr(Reading(), key)}
+    if asked and not is_pipeline(name):
+        raise ValueError(f"{next(iter(asked))} is for a pipeline of diffusers; model {name!r} is none")
+    return asked
 
 
 def judged(network: Network, judge: Judge) -> BenchModel:
@@ -95,15 +117,16 @@ def judged(network: Network, judge: Judge) -> BenchModel:
 def _judge_in(judge: str | Path | None, network: Network, device: str) -> Judge:
     """The judge in a folder, or the shipped one."""
     if judge is None:
-        if network.shape != DIGITS:
+        if network.pixel_shape != DIGITS:
             raise ValueError(
-                f"model {network.name} gives samples of shape {network.shape}; the shipped judge is for {DIGITS}: give a judge"
+                f"model {network.name} gives samples of shape {network.pixel_shape}; the shipped judge is for {DIGITS}: "
+                "give a judge"
             )
         return digit_judge(device)
     extractor = load_extractor(Path(judge) / FEATURES, device)
-    if extractor.shape != network.shape:
+    if extractor.shape != network.pixel_shape:
         raise ValueError(
-            f"judge {judge} is for images of shape {extractor.shape}, model {network.name} gives {network.shape}"
+            f"judge {judge} is for images of shape {extractor.shape}, model {network.name} gives {network.pixel_shape}"
         )
     return folder_judge(Path(judge), device)
 
@@ -115,4 +138,5 @@ def _exact(problem: Problem, device: str) -> BenchModel:
     hashes = {"reference": moments_hash(problem.reference)}
     judge = Judge(problem.metric, features, FrechetReference(problem.reference), 0.0, hashes, samples=exact)
     model = EpsModel(Meter(problem.net(schedule)), schedule)
-    return BenchModel(problem.name, problem.hash, model, problem.shape, 0, "fp32", info=problem.info, judge=judge)
+    given = {"info": problem.info, "judge": judge, "device": device}
+    return BenchModel(problem.name, problem.hash, model, problem.shape, 0, "fp32", **given)
