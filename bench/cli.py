@@ -9,6 +9,7 @@ import click
 
 from bench.bench_cli import bench
 from bench.command import checked_device, names_in, plain_errors
+from bench.explain_cli import explain
 from bench.export_cli import export
 from bench.fit_cli import fit
 from bench.reading_cli import diff, doctor, merge, pick
@@ -96,5 +97,5 @@ def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -
     console.print(f"table and plot: {folder}", highlight=False, soft_wrap=True)
 
 
-for command in (bench, train, distill, fit, pick, diff, merge, doctor, export):
+for command in (bench, train, distill, fit, pick, diff, merge, doctor, export, explain):
     main.add_command(command)
