@@ -164,8 +164,9 @@ def first_part(
         step = (a if a.calls > b.calls else b).step_of(min(a.calls, b.calls))
         return Part("calls", step, f"A makes {a.calls} network calls, B {b.calls}")
     part = _at_end(a, b, schedule, tolerance) or _at_state(a, b, a.calls, schedule, tolerance)
-    if part is None and a.draws != b.draws:
-        k = next(i for i, (x, y) in enumerate(zip(a.draws, b.draws, strict=True)) if x != y)
+    moved = [k for k, (x, y) in enumerate(zip(a.draws, b.draws, strict=False)) if x != y]
+    if part is None and moved:
+        k = moved[0]
         step = next(a.step_of(row) for row in range(a.calls + 1) if a.matrix[row, 1 + a.calls + k])
         text = f"noise {k} is draw {a.draws[k]} of A and draw {b.draws[k]} of B: one draws noise that it does not use"
         return Part("noise order", step, text)
@@ -213,6 +214,10 @@ def _of_outputs(a: Traced, b: Traced, row: int, schedule: Schedule, difference: 
     step, last = a.step_of(row), row == a.calls
     used = [min(_outputs_used(each, row, schedule).values(), key=len) for each in (a, b)]
     where = f"the step that ends at sigma {_sigma(schedule, a.levels[row])}"
+    reached = [_alpha_reached(each, row, schedule) for each in (a, b)]
+    if abs(reached[0] - reached[1]) > _TINY * max(reached):
+        text = f"{where} leads to the level of alpha={reached[0]:.9g} in A and alpha={reached[1]:.9g} in B"
+        return Part("node", step, text)
     works = [_works_in(each, schedule) for each in (a, b)]
     if not works[0] & works[1]:
         text = f"A works in {min(works[0])}, B in {min(works[1])}; in {where} a coefficient differs by {difference:.3g}"
@@ -250,6 +255,15 @@ def _split(a: Traced, b: Traced, row: int) -> list[tuple[np.ndarray, np.ndarray]
         outputs, noise = np.split(traced.matrix[row], [1 + traced.calls])
         found.append((np.pad(outputs, (0, calls - traced.calls)), np.pad(noise, (0, noises - traced.noises))))
     return found
+
+
+def _alpha_reached(traced: Traced, row: int, schedule: Schedule) -> float:
+    """The alpha of the level that a state is at by its coefficients, which may be another than the next call's.
+
+    Where the network sees no noise at all, x / alpha stays what it is: any method carries x_T on by the ratio of the alphas.
+    """
+    start = float(schedule.alpha(traced.levels[0]))
+    return float(traced.matrix[row, 0]) * start if traced.kind == "eps" else math.nan
 
 
 def _outputs_used(traced: Traced, row: int, schedule: Schedule) -> dict[str, list[int]]:

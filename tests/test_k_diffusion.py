@@ -328,3 +328,20 @@ def test_a_denoiser_without_a_range_has_to_be_told(denoiser):
         eps_model_from_denoiser(denoiser, sigma_max=1.0, schedule="flow")
     with pytest.raises(TypeError, match="denoiser must be callable"):
         eps_model_from_denoiser(3)
+
+
+OWN_TIME = ("deis-2", "deis-3", "deis-4", "pndm")  # whose formula is in the schedule's own time, which is sigma here
+
+
+@pytest.mark.parametrize("name", [s.name for s in list_samplers() if not s.adaptive and s.name not in OWN_TIME])
+def test_it_is_the_same_sampler_as_on_the_model_s_own_schedule(mixture, denoiser, name):
+    """Stable Diffusion in its variance-preserving coordinates, and as a denoiser: x / alpha is the same."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    schedule = schedules.from_betas(betas)
+    model = EpsModel(mixture.net(schedule), schedule)
+    x = X * float(schedule.alpha(schedule.t_of_lam(-math.log(14.6))))
+    noise = {"noise_source": lambda k, like: torch.randn_like(like)}
+    torch.manual_seed(4)
+    expected = sample(model, name, x_T=x, sigmas=SIGMAS, **noise)
+    torch.manual_seed(4)
+    assert torch.allclose(sampler_function(name)(denoiser, X, SIGMAS, disable=True), expected, atol=1e-9)
