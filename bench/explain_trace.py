@@ -251,10 +251,10 @@ def _settings(made_of: Any, schedule: Schedule, options: Options) -> tuple[dict[
         if name not in step:
             raise ValueError(f"{made_of.__name__} has no setting {name!r}; it has {', '.join([*takes][1:])}")
     flow = isinstance(schedule, Flow)
-    if flow != ("trained_betas" not in takes or bool(settings.get("use_flow_sigmas"))):
-        raise ValueError(
-            f"{made_of.__name__} is for {'noise' if flow else 'flow'} schedules that --schedule {schedule.name} is not"
-        )
+    if flow and "shift" not in takes and not settings.get("use_flow_sigmas"):
+        raise ValueError(f"{made_of.__name__} matches no flows, which schedule {schedule.name!r} is for")
+    if not flow and "trained_betas" not in takes:
+        raise ValueError(f"{made_of.__name__} takes no betas, and so cannot be put on schedule {schedule.name!r}")
     if not flow:
         if not isinstance(schedule, Discrete):
             raise ValueError(f"schedulers of diffusers have a table of betas, and schedule {schedule.name!r} has none")
@@ -287,7 +287,12 @@ def _loop(made: Any, space: _Coordinates, each: Options, label: str) -> Traced:
     end = _end(made, schedule, sigmas)
     if scale != 1.0:
         x = x * float(schedule.alpha(end))
-    nodes = [_level(schedule, s) for s in dict.fromkeys(sigmas)] if sigmas is not None else [*told, end]
+    first = told[: len(getattr(made, "prk_timesteps", ())) : 4]  # of PNDM's Runge-Kutta steps, each of four calls
+    ends = [*first, *told[4 * len(first) :], end] if sigmas is None else [_level(schedule, s) for s in sigmas]
+    nodes = [
+        *ends[:1],
+        *(t for before, t in itertools.pairwise(ends) if t < before - 1e-9),
+    ]  # a step may have no length
     return space.traced(label, x, end, np.array(nodes), told)
 
 

@@ -180,6 +180,13 @@ def test_a_step_that_leads_beside_the_next_node():
     assert f"alpha={alphas[0]:.9g} in A and alpha={alphas[1]:.9g} in B" in part.text
 
 
+def test_pndm_starts_as_ours_and_ends_otherwise():
+    sides = Side("pndm"), Side("diffusers:PNDMScheduler", {"timestep_spacing": "leading", "set_alpha_to_one": True})
+    part = explain(*sides, NOISE, 10, same_nodes=True).part
+    assert (part.cause, part.step) == ("final step", 10)
+    assert "A uses 1 output" in part.text
+
+
 def test_flow_matching_is_euler():
     noise = named_noise("sd3")
     scheduler = Side("diffusers:FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
@@ -238,8 +245,8 @@ def test_the_command_exits_with_0_where_they_are_the_same(tmp_path):
         (["dpmp-2m", "ddim"], "did you mean 'dpmpp-2m'"),
         (["ddim", "diffusers:DDIMSchedular"], "did you mean 'DDIMScheduler'"),
         (["ddim", "diffusers:DDIMScheduler", "--set-b", "eta2=1"], "DDIMScheduler has no setting 'eta2'"),
-        (["ddim", "diffusers:DDIMScheduler", "--schedule", "sd3"], "DDIMScheduler"),
-        (["euler", "diffusers:FlowMatchEulerDiscreteScheduler"], "FlowMatchEulerDiscreteScheduler"),
+        (["ddim", "diffusers:DDIMScheduler", "--schedule", "sd3"], "DDIMScheduler matches no flows"),
+        (["euler", "diffusers:FlowMatchEulerDiscreteScheduler"], "FlowMatchEulerDiscreteScheduler takes no betas"),
         (["ddim", "diffusers:DDIMScheduler", "--schedule", "cosine"], "table of betas"),
         (["ddim", "math:sampler"], "math has no function 'sampler'"),
         (["ddim", "nowhere.samplers:one"], "No module named 'nowhere'"),
