@@ -88,12 +88,12 @@ def lower(instructions: Sequence[Instruction], raw: Sequence[bool]) -> Program:
         instructions: of a valid plan.
         raw: for each Evaluate, whether the network's output is the value itself; otherwise a buffer takes the conversion.
     """
-    last = {name: i for i, step in enumerate(instructions) for name in _uses(step)}
+    last = {name: i for i, step in enumerate(instructions) for name in uses(step)}
     places = _Places()
     code: list[Call | Sum] = []
     registers = calls = 0
     for i, step in enumerate(instructions):
-        dying = [name for name in _uses(step) if last[name] == i]
+        dying = [name for name in uses(step) if last[name] == i]
         if isinstance(step, Evaluate):
             src = places.of[step.src]
             if raw[calls]:
@@ -106,7 +106,7 @@ def lower(instructions: Sequence[Instruction], raw: Sequence[bool]) -> Program:
             code.append(Call(places.of[step.dst], src, calls, ends))
             calls += 1
         else:
-            drawn = [name for name in _uses(step) if name not in places.of]
+            drawn = [name for name in uses(step) if name not in places.of]
             for name in drawn:
                 places.borrow(name)
             into = next((name for name in dying if places.of[name] >= 0), None)
@@ -123,7 +123,8 @@ def lower(instructions: Sequence[Instruction], raw: Sequence[bool]) -> Program:
     return Program(tuple(code), places.buffers, places.borrowed, registers)
 
 
-def _uses(step: Instruction) -> tuple[str, ...]:
+def uses(step: Instruction) -> tuple[str, ...]:
+    """The names of the values an instruction reads."""
     return (step.src,) if isinstance(step, Evaluate) else tuple(name for name, _ in step.terms)
 
 

@@ -1,0 +1,200 @@
+"""The keys of diffusers' scheduler configs: which are read, which describe the old solver alone, which cannot be honoured."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from samplers.adapters.diffusers.training import TRAINING_STEPS, has_betas, is_edm, is_flow
+from samplers.errors import unknown
+from samplers.registry import get_sampler
+
+DEFAULT_SAMPLER = "dpmpp-2m"
+CONFIG = "config"  # the grid that a scheduler's config describes
+OWN = ("sampler", "grid", "final", "afs", "options")  # keys of PlanScheduler itself
+
+# How the network was trained, what is done to its output, and where a flow's nodes are moved to.
+TRAINING = frozenset(
+    {"num_train_timesteps", "prediction_type", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
+    | {
+        "rescale_betas_zero_snr",
+        "snr_shift_scale",
+        "sigma_min",
+        "sigma_max",
+        "sigma_data",
+        "timestep_type",
+        "time_input",
+    }
+    | {"use_flow_sigmas", "flow_shift", "shift", "shift_terminal", "use_dynamic_shifting", "time_shift_type"}
+    | {
+        "base_shift",
+        "max_shift",
+        "base_image_seq_len",
+        "max_image_seq_len",
+    }  # read by the pipelines, which make mu of them
+    | {"clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
+    | {"variance_type"}  # "learned...": the second half of the channels is left out; otherwise of the old solver
+)
+# Where the old scheduler put its nodes: read under grid="config".
+SPACING = frozenset(
+    {
+        "timestep_spacing",
+        "steps_offset",
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_lu_lambdas",
+    }
+    | {"set_alpha_to_one", "final_sigmas_type", "sigma_schedule", "rho"}
+)
+# The old solver's own: nothing is lost with them, since the sampler takes its place. They stay in the config.
+SOLVER = frozenset(
+    {"solver_order", "solver_type", "algorithm_type", "lower_order_final", "euler_at_final", "predict_x0"}
+    | {"disable_corrector", "solver_p", "predictor_order", "corrector_order", "tau_func", "skip_prk_steps"}
+    | {"eta", "s_noise", "interpolation_type"}
+)
+# Neutral values, and what to do where another one is found.
+REPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "lambda_min_clipped": ((None, -math.inf), "where sampling starts is the grid's; give timesteps= that start lower"),
+    "stochastic_sampling": ((None, False), "sampler='consistency' draws new noise at every step"),
+    "original_inference_steps": ((None,), "give the steps of the distillation as timesteps="),
+    "timestep_scaling": (
+        (None,),
+        "the boundary condition of consistency models is not applied; it hardly differs from x0",
+    ),
+    "scale_factors": ((None,), "the size of the latents stays what it is"),
+    "upscale_mode": ((None, "bicubic"), "the size of the latents stays what it is"),
+}
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "invert_sigmas": ((None, False), "its network counts time from data to noise"),
+}
+KEYS = TRAINING | SPACING | SOLVER | set(REPORTED) | set(REFUSED)
+
+_TOKENS = "it is for discrete tokens, which are not noised as alpha x0 + sigma eps"
+_STAGES = "its network denoises between levels or stages that its config alone does not give"
+_BACK = "it runs from data to noise; a PlanScheduler runs from noise to data"
+_SDE = "its pipeline's loop is another one (predictor and corrector), without step()"
+EXCLUDED: dict[str, str] = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "VQDiffusionScheduler": _TOKENS,
+    "FlowMapEulerDiscreteScheduler": "its network is given two times",
+    "HeliosScheduler": _STAGES,
+    "HeliosDMDScheduler": _STAGES,
+    "PiflowScheduler": _STAGES,
+    "MiniMaxH3Scheduler": _STAGES,
+    "RFD4ProteinaScheduler": _STAGES,
+    "CMStochasticIterativeScheduler": "its network is preconditioned as consistency models are, not as EDM's",
+    "ConsistencyDecoderScheduler": "it decodes latents in one or two jumps",
+    "SCMScheduler": "its network predicts on a circle (trigflow), which is not known here",
+    "DDPMWuerstchenScheduler": "its network is given a ratio of a continuous schedule, which is not known here",
+    "IPNDMScheduler": "its network is given an angle, which is not known here",
+    "KarrasVeScheduler": _SDE,
+    "ScoreSdeVeScheduler": _SDE,
+    "ScoreSdeVpScheduler": _SDE,
+    "DDIMInverseScheduler": _BACK,
+    "DPMSolverMultistepInverseScheduler": _BACK,
+}
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's config with every key that its class has, none of diffusers' private ones.
+
+    `from_config` of diffusers' schedulers drops what was left at its default and takes its own default instead, which is
+    another noise schedule where the two classes differ. Here a missing key has the default of the class that wrote the config.
+
+    Raises:
+        ValueError: of a class whose network no PlanScheduler can serve.
+    """
+    name = config.get("_class_name")
+    found = {key: value for key, value in config.items() if not key.startswith("_")}
+    if name in EXCLUDED:
+        raise ValueError(f"config of {name}: {EXCLUDED[name]}")
+    if isinstance(name, str) and name != "PlanScheduler":
+        import diffusers
+
+        made = getattr(diffusers, name, None)
+        parameters = inspect.signature(made.__init__).parameters if isinstance(made, type) else {}
+        found = {k: p.default for k, p in parameters.items() if p.default is not p.empty} | found
+    if name == "LTXEulerAncestralRFScheduler":
+        found.setdefault("shift", 1.0)  # a flow, whose nodes its pipeline gives
+    if name == "CosineDPMSolverMultistepScheduler":
+        found.setdefault("time_input", "angle")
+    if "clip_denoised" in found:
+        raise ValueError(f"config of a consistency model: {EXCLUDED['CMStochasticIterativeScheduler']}")
+    return found
+
+
+def settled(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A config with changes: what is PlanScheduler's own (`OWN`), and the keys of diffusers' schedulers.
+
+    Args:
+        config: of any scheduler.
+        changes: own keys, options of the sampler, or keys of a scheduler's config. Options of another sampler than the
+            config's are not taken over. Keys that say where nodes lie mean `grid="config"`.
+
+    Raises:
+        ValueError: a name that is none of these, or a class of scheduler that cannot be replaced.
+    """
+    found, changes = completed(config), dict(changes)
+    own = {key: found.pop(key) for key in OWN if key in found}
+    same = changes.get("sampler", own.get("sampler")) == own.get("sampler")
+    options = {**((own.get("options") or {}) if same else {}), **(changes.pop("options", None) or {})}
+    own.update({key: changes.pop(key) for key in OWN if key in changes})
+    entry = get_sampler(own.setdefault("sampler", DEFAULT_SAMPLER))
+    for key, value in changes.items():
+        if key in entry.options:
+            options[key] = value
+        elif key in KEYS - SOLVER:
+            found[key] = value
+        else:
+            raise unknown(f"option of sampler {entry.name!r}:", key, {*entry.options, *OWN, *(KEYS - SOLVER)})
+    spacing = sorted(key for key in changes if key in SPACING and key not in entry.options)
+    if spacing:
+        if own.get("grid") not in (None, CONFIG):
+            raise ValueError(f"{spacing[0]} goes with grid={CONFIG!r}, got grid={own['grid']!r}")
+        own["grid"] = CONFIG
+    return {**own, "options": options}, found
+
+
+def check_keys(config: Mapping[str, Any]) -> list[str]:
+    """What cannot be honoured, a sentence for each key.
+
+    Raises:
+        ValueError: a key that no scheduler has, or one that must not be ignored.
+    """
+    for key in config:
+        if key not in KEYS:
+            raise unknown("key of the scheduler's config", key, KEYS | set(OWN))
+    for key, (neutral, why) in REFUSED.items():
+        if config.get(key) not in neutral:
+            raise ValueError(f"{key}={config[key]!r} of the scheduler's config is not supported: {why}")
+    return [
+        f"{key}={config[key]!r} of the scheduler's config is not used: {what}"
+        for key, (neutral, what) in REPORTED.items()
+        if config.get(key) not in neutral
+    ]
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the keys that pipelines read of any scheduler of its kind; a config of no kind is a DDPM's."""
+    found = dict(config)
+    if not (has_betas(found) or is_flow(found) or is_edm(found)):
+        found.setdefault("beta_schedule", "linear")
+    found.setdefault("num_train_timesteps", TRAINING_STEPS)
+    if has_betas(found) and not is_flow(found):
+        found.setdefault("prediction_type", "epsilon")
+    return found
+
+
+def chosen_spacing(config: Mapping[str, Any]) -> str:
+    """The key by which a config chooses where nodes lie, as no class does by default; "" where it does not."""
+    flags = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+    chosen = [f"{flag}=True" for flag in flags if config.get(flag)]
+    if config.get("timestep_spacing") == "trailing":
+        chosen.append("timestep_spacing='trailing'")
+    return " and ".join(chosen)

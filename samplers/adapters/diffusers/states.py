@@ -1,0 +1,62 @@
+"""States and noise as pipelines hand them over: what fits together, and in which precision it is summed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from samplers.execute import NoiseSource
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def prediction_of(output: Any, sample: Any) -> Tensor:
+    """The network's output, without the half that is a learned variance, if it fits to the state.
+
+    Raises:
+        TypeError: not floating-point tensors.
+        ValueError: shapes or devices that differ.
+    """
+    for name, value in (("model_output", output), ("sample", sample)):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 1:
+            found = getattr(value, "dtype", type(value).__name__)
+            raise TypeError(f"{name} must be a floating-point tensor (B, ...), got {found}")
+    if output.ndim == sample.ndim > 1 and output.shape[1] == 2 * sample.shape[1] > 0:
+        output = output[:, : sample.shape[1]]
+    check_together("model_output", output, "sample", sample)
+    return output
+
+
+def check_together(name: str, value: Tensor, with_name: str, with_value: Tensor) -> None:
+    """Raise ValueError where two tensors are on different devices or of different shapes."""
+    if value.device != with_value.device:
+        raise ValueError(f"{name} is on {value.device}, {with_name} on {with_value.device}; move one of them")
+    if value.shape != with_value.shape:
+        raise ValueError(
+            f"{name} must have the shape of {with_name}, {tuple(with_value.shape)}, got {tuple(value.shape)}"
+        )
+
+
+def wide(x: Tensor) -> Tensor:
+    """States of half precision are summed in float32, others as they are."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def from_generator(generator: Generators, batch: int) -> NoiseSource:
+    """Noise from a generator, or from a list with one for each sample, in the order it is asked for.
+
+    Raises:
+        ValueError: a list of another length than the batch.
+    """
+    from diffusers.utils.torch_utils import randn_tensor
+
+    if isinstance(generator, Sequence) and len(generator) not in (1, batch):
+        raise ValueError(f"generator must be one or {batch}, one for each sample, got a list of {len(generator)}")
+
+    def draw(k: int, like: Tensor) -> Tensor:
+        return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+    return draw
