@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,6 +37,8 @@ def explain(a: str, b: str, set_a: tuple[str, ...], set_b: tuple[str, ...], sche
     from bench.explain_trace import Side
     from bench.export import named_noise
 
+    if "" not in sys.path:
+        sys.path.append("")  # MODULE:FUNCTION may lie in this folder
     sides = Side(a, options_in("--set-a", set_a)), Side(b, options_in("--set-b", set_b))
     found = run(*sides, named_noise(schedule), **how)
     click.echo(f"A: {_described(sides[0])}, {found.a.calls} network calls, {found.a.noises} noises")

@@ -25,7 +25,7 @@ from bench.certify.parity import in_double
 from bench.export import Noise, plan_for
 from samplers.grid import Grid
 from samplers.plan import Plan
-from samplers.registry import get_sampler, registered
+from samplers.registry import get_sampler
 from samplers.schedule import Discrete, Flow, Schedule
 
 Options = Mapping[str, Any]
@@ -352,7 +352,7 @@ def _function(name: str) -> Callable[..., Tensor]:
     try:
         found = importlib.import_module("k_diffusion.sampling" if module == "k-diffusion" else module)
     except ImportError as error:
-        raise ValueError(f"{name}: {error}; a name without a colon is a sampler: {', '.join(registered())}") from error
+        raise ValueError(f"{name}: {error}; it has to be installed here, or lie in this folder") from error
     if not callable(getattr(found, attribute, None)):
         raise ValueError(f"{name}: {found.__name__} has no function {attribute!r}")
     return getattr(found, attribute)

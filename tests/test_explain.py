@@ -260,3 +260,14 @@ def test_a_mistake_is_one_message(arguments, message):
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split()), result.output
     assert "Traceback" not in result.output
+
+
+def test_a_function_may_lie_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_euler.py").write_text(
+        "def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):\n"
+        "    for a, b in zip(sigmas, sigmas[1:]):\n"
+        "        x = x + (x - model(x, a.expand(len(x)))) / a * (b - a)\n"
+        "    return x\n"
+    )
+    assert run("euler", "my_euler:sample", "--tolerance", 1e-4).exit_code == 0

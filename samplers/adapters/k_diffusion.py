@@ -101,18 +101,8 @@ def sampler_function(name: str, *, schedule: str | None = None, **options: Any) 
         noise_sampler: NoiseSampler | None = None,
         **more: Any,
     ) -> Tensor:
-        settings = {**chosen, **more}
-        entry.check_options(settings)
-        if noise_sampler is not None and entry.stochastic == "no":
-            raise ValueError(f"sampler {entry.name!r} draws no noise and takes no noise_sampler")
-        if len(sigmas) < 2:
-            return x
-        sigmas = torch.as_tensor(sigmas)
-        network = _Hosted(model, sigmas, callback)
-        grid = _grid(sigmas, schedule or _kind_of(model))
-        with _progress_bar(grid.steps, disable) as advance:
-            host = _Host(network, grid, {} if extra_args is None else extra_args, advance)
-            return host.run(entry, x, noise_sampler, settings)
+        settings, told = {**chosen, **more}, (extra_args or {}, callback, disable)
+        return _sample(entry, settings, schedule, model, x, sigmas, *told, noise_sampler)
 
     sample.__name__ = sample.__qualname__ = name if name in K_DIFFUSION else f"sample_{_identifier(name)}"
     sample.__doc__ = (
@@ -120,6 +110,30 @@ def sampler_function(name: str, *, schedule: str | None = None, **options: Any) 
     )
     sample.__signature__ = _signature(sample, entry, chosen)  # type: ignore[attr-defined]
     return sample
+
+
+def _sample(
+    entry: Sampler,
+    options: dict[str, Any],
+    schedule: str | None,
+    model: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any],
+    callback: Callable[[dict[str, Any]], Any] | None,
+    disable: bool | None,
+    noise_sampler: NoiseSampler | None,
+) -> Tensor:
+    """What a sampler's function does; its arguments are those of `sampler_function` and of the function."""
+    entry.check_options(options)
+    if noise_sampler is not None and entry.stochastic == "no":
+        raise ValueError(f"sampler {entry.name!r} draws no noise and takes no noise_sampler")
+    if len(sigmas) < 2:
+        return x
+    sigmas = torch.as_tensor(sigmas)
+    grid = _grid(sigmas, schedule or _kind_of(model))
+    with _progress_bar(grid.steps, disable) as advance:
+        return _Host(_Hosted(model, sigmas, callback), grid, extra_args, advance).run(entry, x, noise_sampler, options)
 
 
 def register(module: Any, names: Sequence[str] | None = None, prefix: str = "fewstep_") -> list[str]:
