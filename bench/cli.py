@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from bench.bench_cli import bench
+from bench.check_cli import check
 from bench.command import checked_device, names_in, plain_errors
 from bench.explain_cli import explain
 from bench.export_cli import export
@@ -97,5 +98,5 @@ def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -
     console.print(f"table and plot: {folder}", highlight=False, soft_wrap=True)
 
 
-for command in (bench, train, distill, fit, pick, diff, merge, doctor, export, explain):
+for command in (bench, check, train, distill, fit, pick, diff, merge, doctor, export, explain):
     main.add_command(command)
