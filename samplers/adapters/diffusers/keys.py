@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from samplers.adapters.diffusers.training import TRAINING_STEPS, has_betas, is_edm, is_flow
+from samplers.adapters.diffusers.training import TRAINING_STEPS, has_betas, has_schedule, is_flow, of_class
 from samplers.errors import unknown
-from samplers.registry import get_sampler
+from samplers.grid import FINALS, points_of
+from samplers.registry import Sampler, get_sampler
 
 DEFAULT_SAMPLER = "dpmpp-2m"
 CONFIG = "config"  # the grid that a scheduler's config describes
@@ -117,16 +118,10 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(name, str) and name != "PlanScheduler":
         import diffusers
 
-        made = getattr(diffusers, name, None)
-        parameters = inspect.signature(made.__init__).parameters if isinstance(made, type) else {}
+        made: Any = getattr(diffusers, name, None)
+        parameters = inspect.signature(made.__init__).parameters if made is not None else {}
         found = {k: p.default for k, p in parameters.items() if p.default is not p.empty} | found
-    if name == "LTXEulerAncestralRFScheduler":
-        found.setdefault("shift", 1.0)  # a flow, whose nodes its pipeline gives
-    if name == "CosineDPMSolverMultistepScheduler":
-        found.setdefault("time_input", "angle")
-    if "clip_denoised" in found:
-        raise ValueError(f"config of a consistency model: {EXCLUDED['CMStochasticIterativeScheduler']}")
-    return found
+    return of_class(found, name)
 
 
 def settled(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -141,6 +136,11 @@ def settled(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict
         ValueError: a name that is none of these, or a class of scheduler that cannot be replaced.
     """
     found, changes = completed(config), dict(changes)
+    if not has_schedule({**found, **changes}):
+        raise ValueError(
+            "config must say what the noise schedule is: beta_schedule or trained_betas, shift (a flow), or sigma_data and "
+            f"sigma_max (EDM), got {', '.join(sorted(found)) or 'none of them'}"
+        )
     own = {key: found.pop(key) for key in OWN if key in found}
     same = changes.get("sampler", own.get("sampler")) == own.get("sampler")
     options = {**((own.get("options") or {}) if same else {}), **(changes.pop("options", None) or {})}
@@ -183,7 +183,7 @@ def check_keys(config: Mapping[str, Any]) -> list[str]:
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the keys that pipelines read of any scheduler of its kind; a config of no kind is a DDPM's."""
     found = dict(config)
-    if not (has_betas(found) or is_flow(found) or is_edm(found)):
+    if not has_schedule(found):
         found.setdefault("beta_schedule", "linear")
     found.setdefault("num_train_timesteps", TRAINING_STEPS)
     if has_betas(found) and not is_flow(found):
@@ -198,3 +198,26 @@ def chosen_spacing(config: Mapping[str, Any]) -> str:
     if config.get("timestep_spacing") == "trailing":
         chosen.append("timestep_spacing='trailing'")
     return " and ".join(chosen)
+
+
+def with_plan(sampler: str) -> Sampler:
+    """The registry's entry, if the sampler has a plan; else a ValueError."""
+    entry = get_sampler(sampler)
+    if entry.build is None:
+        raise ValueError(
+            f"sampler {sampler!r} chooses its steps by an error estimate while it calls the network, so it has no plan and "
+            "cannot be a scheduler; call samplers.sample() with it"
+        )
+    return entry
+
+
+def check_own(grid: Any, final: Any, afs: Any) -> None:
+    """Raise ValueError or TypeError for a value of PlanScheduler's own keys that there is not."""
+    if grid is not None and not isinstance(grid, str):
+        raise TypeError(f"grid must be a name, which a config can hold, got {type(grid).__name__}")
+    if grid not in (None, CONFIG):
+        points_of(grid)
+    if final not in (None, *FINALS):
+        raise unknown("final", final, FINALS)
+    if not isinstance(afs, bool):
+        raise TypeError(f"afs must be True or False, got {afs!r}")

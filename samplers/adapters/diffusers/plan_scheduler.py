@@ -16,19 +16,31 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from samplers.adapters.diffusers.keys import CONFIG, DEFAULT_SAMPLER, check_keys, chosen_spacing, settled, with_defaults
+from samplers.adapters.diffusers.keys import (
+    CONFIG,
+    DEFAULT_SAMPLER,
+    check_keys,
+    check_own,
+    chosen_spacing,
+    settled,
+    with_defaults,
+    with_plan,
+)
 from samplers.adapters.diffusers.nodes import grid_at, grid_of, grid_through
-from samplers.adapters.diffusers.states import Generators, check_together, from_generator, prediction_of, wide
+from samplers.adapters.diffusers.states import (
+    Generators,
+    check_together,
+    evaluated,
+    from_generator,
+    prediction_of,
+    wide,
+)
 from samplers.adapters.diffusers.timeline import Planner, Timeline, as_timesteps, number, place
 from samplers.adapters.diffusers.training import training_of
-from samplers.errors import unknown
 from samplers.execute import NoiseSource, draw_noise
-from samplers.grid import FINALS, Nodes, points_of
-from samplers.guidance import clip, threshold
-from samplers.model import EpsModel
+from samplers.grid import Nodes
 from samplers.plan import Plan
 from samplers.program import Evaluate
-from samplers.registry import Sampler, get_sampler
 from samplers.stepwise import Stepwise
 
 logger = logging.get_logger(f"diffusers.{__name__}")  # under diffusers' own, whose verbosity is the users' to set
@@ -80,9 +92,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         **kwargs: Any,
     ) -> None:
         reports, options = check_keys(kwargs), dict(options or {})
-        self._entry = _with_plan(sampler)
+        self._entry = with_plan(sampler)
         self._entry.check_options(options)
-        _check_own(grid, final, afs)
+        check_own(grid, final, afs)
         self.register_to_config(
             sampler=sampler, grid=grid, final=final, afs=afs, options=options, **with_defaults(kwargs)
         )
@@ -325,7 +337,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                     "afs=False for a pipeline that does not call it"
                 )
             x = walk.start(x, _no_noise)
-        value, x0 = self._values(call, x, output.to(x.dtype))
+        value, x0 = evaluated(self._training, self.config, call, x, output.to(x.dtype))
         if index < self._first:  # passed over, see Timeline.walk_from
             following = x
         else:
@@ -333,24 +345,6 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._step_index = index + 1
         result = following.to(sample.dtype), x0.to(sample.dtype)
         return PlanSchedulerOutput(*result) if return_dict else result
-
-    def _values(self, call: Evaluate, x: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """What the plan evaluates, and x0, from the network's output at a state."""
-        sign, config = self._training.sign, self.config
-        if config.get("thresholding") or config.get("clip_sample"):
-            model: EpsModel = self._training.model(lambda x, t: sign * output)
-            if config.get("thresholding"):
-                limit, ratio = config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
-                model = threshold(model, ratio, limit=limit)
-            else:
-                model = clip(model, config.get("clip_sample_range", 1.0))
-            x0 = model.x0(x, call.t)
-            return (x0 if call.kind == "x0" else (x - call.alpha * x0) / call.sigma), x0
-        values = {}
-        for kind in (call.kind, "x0"):
-            by_x, by_out = self._model.affine(kind, call.t, call.alpha, call.sigma)
-            values[kind] = by_out * sign * output if by_x == 0 else by_x * x + by_out * sign * output
-        return values[call.kind], values["x0"]
 
     def _check_turn(self, index: int, timestep: float | Tensor) -> None:
         """Whether this call is the next one; on an accelerator only the first is looked at, which waits for the device."""
@@ -396,27 +390,6 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = self._training.levels(timesteps, sample)
         x = wide(sample)
         return (alpha.to(x.dtype) * noise - sigma.to(x.dtype) * x).to(sample.dtype)
-
-
-def _with_plan(sampler: str) -> Sampler:
-    entry = get_sampler(sampler)
-    if entry.build is None:
-        raise ValueError(
-            f"sampler {sampler!r} chooses its steps by an error estimate while it calls the network, so it has no plan and "
-            "cannot be a scheduler; call samplers.sample() with it"
-        )
-    return entry
-
-
-def _check_own(grid: Any, final: Any, afs: Any) -> None:
-    if grid is not None and not isinstance(grid, str):
-        raise TypeError(f"grid must be a name, which a config can hold, got {type(grid).__name__}")
-    if grid not in (None, CONFIG):
-        points_of(grid)
-    if final not in (None, *FINALS):
-        raise unknown("final", final, FINALS)
-    if not isinstance(afs, bool):
-        raise TypeError(f"afs must be True or False, got {afs!r}")
 
 
 def _draws_first(plan: Plan) -> bool:

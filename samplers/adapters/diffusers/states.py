@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from samplers.adapters.diffusers.training import Training
 from samplers.execute import NoiseSource
+from samplers.guidance import clip, threshold
+from samplers.program import Evaluate
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -43,6 +46,29 @@ def check_together(name: str, value: Tensor, with_name: str, with_value: Tensor)
 def wide(x: Tensor) -> Tensor:
     """States of half precision are summed in float32, others as they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def evaluated(
+    training: Training, config: Mapping[str, Any], call: Evaluate, x: Tensor, output: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a plan evaluates at a call, and x0 there, from the network's output at state x.
+
+    `clip_sample` and `thresholding` of the config change x0 as `samplers.guidance` does, and epsilon with it.
+    """
+    model = training.model(lambda x, t: training.sign * output)
+    if config.get("thresholding"):
+        limit, ratio = config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
+        model = threshold(model, ratio, limit=limit)
+    elif config.get("clip_sample"):
+        model = clip(model, config.get("clip_sample_range", 1.0))
+    else:
+        values = {}
+        for kind in (call.kind, "x0"):
+            by_x, by_out = model.affine(kind, call.t, call.alpha, call.sigma)
+            values[kind] = by_out * training.sign * output if by_x == 0 else by_x * x + by_out * training.sign * output
+        return values[call.kind], values["x0"]
+    x0 = model.x0(x, call.t)
+    return (x0 if call.kind == "x0" else (x - call.alpha * x0) / call.sigma), x0
 
 
 def from_generator(generator: Generators, batch: int) -> NoiseSource:

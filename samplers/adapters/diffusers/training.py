@@ -65,7 +65,7 @@ class Training:
         return torch.tan(0.5 * math.pi * tau) if self.takes == "angle" else tau
 
     def levels(self, tau: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The levels (alpha, sigma) at the network's times (B,) or one, in float64 of a shape that broadcasts with states (B, ...).
+        """Alpha and sigma at the network's times (B,) or one, in float64, of a shape that broadcasts with states (B, ...).
 
         Raises:
             ValueError: times of another shape, or beyond what the network was trained on.
@@ -92,6 +92,15 @@ class Training:
         return EpsModel(net, self.schedule, self.predicts, time_input, sigma_data=self.sigma_data)
 
 
+def of_class(config: Mapping[str, Any], name: Any) -> dict[str, Any]:
+    """A config with what the scheduler's class alone tells: that it matches flows, or which time its network takes."""
+    known = {
+        "LTXEulerAncestralRFScheduler": {"shift": 1.0},
+        "CosineDPMSolverMultistepScheduler": {"time_input": "angle"},
+    }
+    return {**known.get(name, {}), **config}
+
+
 def training_of(config: Mapping[str, Any], name: str = "PlanScheduler", table: Any = None) -> Training:
     """What a scheduler's config says.
 
@@ -105,6 +114,8 @@ def training_of(config: Mapping[str, Any], name: str = "PlanScheduler", table: A
     """
     prediction = config.get("prediction_type") or ("flow_prediction" if is_flow(config) else "epsilon")
     if is_edm(config):
+        if "clip_denoised" in config:
+            raise ValueError(f"scheduler must precondition its network as EDM's do, got {name}, of a consistency model")
         return _edm(config, prediction)
     if prediction not in PREDICTS:
         raise unknown("prediction_type of the scheduler", str(prediction), PREDICTS)
@@ -112,14 +123,22 @@ def training_of(config: Mapping[str, Any], name: str = "PlanScheduler", table: A
     if is_flow(config):
         return Training(schedules.flow(), PREDICTS[prediction], "flow", steps)
     if not has_betas(config) and table is None:
-        raise ValueError(f"scheduler must have betas or alphas_cumprod, match flows or be one of EDM's, got {name}")
+        raise ValueError(
+            "scheduler must hold alphas_cumprod, match flows, be one of EDM's or that of a variance-exploding SDE, got "
+            f"{name}"
+        )
     if prediction == "flow_prediction":
         raise ValueError(
-            "prediction_type of the scheduler is 'flow_prediction' beside betas; use a flow scheduler, or one with "
+            "prediction_type of the scheduler is 'flow_prediction' beside alphas_cumprod; use a flow scheduler, or one with "
             "use_flow_sigmas=True"
         )
     schedule = schedules.from_alphas_cumprod(_alphas_cumprod(config, steps, table))
     return Training(schedule, PREDICTS[prediction], "step", len(schedule.alphas_cumprod))
+
+
+def has_schedule(config: Mapping[str, Any]) -> bool:
+    """Whether a config says what the noise schedule is."""
+    return has_betas(config) or is_flow(config) or is_edm(config)
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
