@@ -115,13 +115,13 @@ def check_model(
     """
     _check(model, data)
     trial = _Trial(model, data.detach(), cond or (lambda _: {}), Levels.of(model.schedule, _LEVELS), batch_size, seed)
-    choices = {
+    choices: dict[str, Sequence[Any]] = {
         "prediction": predictions(model, trial.levels),
         "time": times(model, trial.levels),
         "input": scalings(model, trial.levels),
         "data": data_ranges(data, ranges),
     }
-    declared = Interface(**{family: found[0] for family, found in choices.items()})  # type: ignore[arg-type]
+    declared = Interface(**{family: found[0] for family, found in choices.items()})
     best = _best(trial, choices, declared)
     rows, errors = [], {"declared": trial.error(declared), "best": trial.error(best)}
     for family, found in choices.items():

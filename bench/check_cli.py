@@ -43,6 +43,7 @@ def check(
     data, by the error of one denoising step. Exit code 1 if what the model declares does not fit.
     """
     from bench.check import check_model
+    from bench.pipelines import is_pipeline
     from bench.zoo import load_network
 
     network = load_network(model, checked_device(device), "fp32", prompts=prompts or (), size=size)
@@ -54,7 +55,8 @@ def check(
     console.print(_table(verdict, f"{network.name} on {len(clean)} samples of {data or 'its own distribution'}"))
     console.print(verdict.text, markup=False, highlight=False, soft_wrap=True)
     for mend in verdict.mends:
-        console.print(f"to mend it: {mend}", markup=False, highlight=False, soft_wrap=True)
+        in_folder = _in_folder(mend) if is_pipeline(model) else ""
+        console.print(f"to mend it: {mend}{in_folder}", markup=False, highlight=False, soft_wrap=True)
     if not verdict.right:
         raise SystemExit(1)
 
@@ -87,6 +89,13 @@ def _data(network: Network, path: str | None, samples: int) -> tuple[Tensor, Con
         return network.encode(pixels), network.cond
     labels = torch.from_numpy(found.labels).to(network.device)
     return network.encode(pixels), lambda indices: {**network.cond(indices), "class_labels": labels[indices]}
+
+
+def _in_folder(mend: str) -> str:
+    """Where a pipeline's folder declares its prediction."""
+    names = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+    told = [name for kind, name in names.items() if mend == f'predicts="{kind}"']
+    return f'; in the folder: "prediction_type": "{told[0]}" in scheduler/scheduler_config.json' if told else ""
 
 
 def _ranges(network: Network) -> list[Any]:

@@ -90,9 +90,9 @@ def load_network(name: str, device: str, dtype: str, **reading: Any) -> Network:
     if Path(name).exists():
         return on_device(name, load_checkpoint(name), device, dtype)
     if "/" in name:
+        hint = f", such as {HUB}{name}" if name.count("/") == 1 and name[0] not in "./~" else ""
         raise ValueError(
-            f"model {name!r}: there is no such folder; give {', '.join((_MNIST, *NAMES, *_FOLDERS))}, which is "
-            f"{HUB}{name} if {name!r} is an id of the hub"
+            f"model {name!r}: there is no such folder; give {', '.join((_MNIST, *NAMES, *_FOLDERS))}{hint}"
         )
     raise unknown("model", name, (_MNIST, *NAMES, *_FOLDERS))
 
@@ -138,5 +138,5 @@ def _exact(problem: Problem, device: str) -> BenchModel:
     hashes = {"reference": moments_hash(problem.reference)}
     judge = Judge(problem.metric, features, FrechetReference(problem.reference), 0.0, hashes, samples=exact)
     model = EpsModel(Meter(problem.net(schedule)), schedule)
-    given = {"info": problem.info, "judge": judge, "device": device}
+    given: dict[str, Any] = {"info": problem.info, "judge": judge, "device": device}
     return BenchModel(problem.name, problem.hash, model, problem.shape, 0, "fp32", **given)

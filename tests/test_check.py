@@ -252,3 +252,25 @@ def test_what_the_command_needs(images: Path, tmp_path: Path, tiny_folder: Any) 
     result = run(tiny_folder(tiny.dit), "--data", images)
     assert result.exit_code == 2
     assert "has images of shape (1, 28, 28), model" in " ".join(result.output.split())
+
+
+def test_a_pipelines_mistake_is_mended_in_its_folder(tmp_path: Path) -> None:
+    """A pipeline whose network gives x0 exactly, of data that are one image, declared to give epsilon."""
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    unet.conv_out.bias.data = torch.tensor([0.8, -0.8, 0.8])
+    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    levels = np.array([0.8, -0.8, 0.8]).reshape(1, 3, 1, 1) + np.random.default_rng(0).normal(0, 0.02, (8, 3, 8, 8))
+    np.savez(tmp_path / "images.npz", images=((levels + 1) * 127.5).round().astype(np.uint8))
+    result = run(tmp_path / "ddpm", "--data", tmp_path / "images.npz", "--samples", 8)
+    assert result.exit_code == 1, result.output
+    assert "predicts x0, not eps as declared" in result.output
+    assert '"prediction_type": "sample" in scheduler/scheduler_config.json' in result.output

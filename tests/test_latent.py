@@ -228,7 +228,7 @@ def test_what_cannot_be_a_latent_model_is_an_error(tiny_folder: Any, tmp_path: P
         load_pipeline(str(tiny_folder(tiny.stable_diffusion)), "cpu", "fp32", prompts="no.txt")
     with pytest.raises(ValueError, match="prompts is for a pipeline of diffusers; model 'mnist' is none"):
         load_network("mnist", "cpu", "fp32", prompts=("a cat",))
-    with pytest.raises(ValueError, match="which is hf:owner/name if 'owner/name' is an id of the hub"):
+    with pytest.raises(ValueError, match="on the hub, such as hf:owner/name"):
         load_network("owner/name", "cpu", "fp32")
 
 

@@ -27,7 +27,7 @@ class LatentSpace:
         slices: samples for each call of the VAE.
     """
 
-    vae: nn.Module
+    vae: Any
     scale: Tensor
     shift: Tensor
     channels: int
@@ -36,7 +36,7 @@ class LatentSpace:
     slices: int = 1
 
     @classmethod
-    def of(cls, vae: nn.Module, *, slices: int = 1, tiles: bool = False, channels: int | None = None) -> LatentSpace:
+    def of(cls, vae: Any, *, slices: int = 1, tiles: bool = False, channels: int | None = None) -> LatentSpace:
         """The latent space of a VAE, with the `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` of its config.
 
         Args:
@@ -49,12 +49,8 @@ class LatentSpace:
             TypeError: not a module with `decode` and a config.
             ValueError: slices below 1, tiles of a VAE that has none, or channels that do not fit.
         """
-        config = getattr(vae, "config", None)
-        if (
-            not isinstance(vae, nn.Module)
-            or not callable(getattr(vae, "decode", None))
-            or not isinstance(config, Mapping)
-        ):
+        config, decode = getattr(vae, "config", None), getattr(vae, "decode", None)
+        if not isinstance(vae, nn.Module) or not callable(decode) or not isinstance(config, Mapping):
             raise TypeError(f"vae must be a module with decode and a config, as of diffusers, got {type(vae).__name__}")
         if slices < 1:
             raise ValueError(f"slices must be at least 1, got {slices}")
@@ -70,7 +66,7 @@ class LatentSpace:
         if not channels:
             raise ValueError(f"vae of class {type(vae).__name__} does not say its channels; give channels")
         with torch.no_grad():
-            probe = _sample(vae.decode(like.new_zeros(1, channels, _PROBE, _PROBE)))
+            probe = _sample(decode(like.new_zeros(1, channels, _PROBE, _PROBE)))
         return cls(vae, scale, shift, channels, probe.shape[1], probe.shape[-1] // _PROBE, slices)
 
     def pixel_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
