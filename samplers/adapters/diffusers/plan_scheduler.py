@@ -232,15 +232,15 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             grid = grid_of(training, config, self._entry, count, mu)
         else:
             raise ValueError("give num_inference_steps, timesteps or sigmas, got none of them")
-        if count not in (None, grid.steps):
-            given = "timesteps" if sigmas is None else "sigmas"
+        given = "sigmas" if sigmas is not None else "timesteps" if timesteps is not None else ""
+        if given and count not in (None, grid.steps):
             raise ValueError(f"num_inference_steps={count} and {given} that make {grid.steps} steps: give one of them")
         planner = Planner(self._entry, config.options, config.afs)
         told = None if sigmas is None else timesteps
         timeline = Timeline.of(planner, training, grid, device, told)
         for call in timeline.plan.calls:  # better an error here than in the loop
             self._model.affine(call.kind, call.t, call.alpha, call.sigma)
-        self._timeline, self.timesteps, self.num_inference_steps = timeline, timeline.timesteps, grid.steps
+        self._timeline, self.timesteps, self.num_inference_steps = timeline, timeline.timesteps, count or grid.steps
         self._walk = self._step_index = self._begin_index = None
         self._moved = False
 

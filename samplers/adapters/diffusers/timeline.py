@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,8 +113,10 @@ class Timeline:
                 f"no step of sampler {name!r} begins at index {index} of timesteps (steps begin at "
                 f"{', '.join(map(str, self.begins))}); use another strength, or a sampler of one call a step"
             )
-        node = self.begins[first]
-        plan = self.planner(Grid(self.grid.schedule, self.grid.t[node:])) if node else self.plan
+        plan = self.plan
+        if first:  # an analytical first step is for the start noise alone
+            rest = Grid(self.grid.schedule, self.grid.t[self.begins[first] :])
+            plan = replace(self.planner, afs=False)(rest)
         if [call.t for call in plan.calls] != [call.t for call in calls[first:]]:
             raise ValueError(
                 f"sampler {name!r} cannot begin at index {index} of timesteps: from there on it takes other calls than when it "
