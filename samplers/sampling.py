@@ -60,7 +60,7 @@ def make_plan(
     _check_afs(entry, afs)
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a samplers.schedules schedule, got {type(schedule).__name__}")
-    nodes, options = _nodes(entry, schedule, steps, nfe, timesteps, sigmas, grid, final, options, int(afs))
+    nodes, options = nodes_of(entry, schedule, steps, nfe, timesteps, sigmas, grid, final, options, int(afs))
     plan = entry.plan(nodes, **options)
     return analytical_first_step(plan) if afs else plan
 
@@ -128,14 +128,14 @@ def sample(
             raise ValueError(
                 f"sampler {sampler!r} chooses its steps while it samples: {name} must be {usual}, got {value!r}"
             )
-    nodes, _ = _nodes(entry, model.schedule, **where, final=final, options=options, spared=0)
+    nodes, _ = nodes_of(entry, model.schedule, **where, final=final, options=options, spared=0)
     start = _start(model, x_T, shape, seed, indices, float(nodes.sigma[0]))
     if not len(start):  # an error norm over nothing controls nothing
         return start.clone()
     return entry.integrate(model, nodes, start, nfe=nfe, callback=callback, cond=cond, **options)
 
 
-def _nodes(
+def nodes_of(
     entry: Sampler,
     schedule: Schedule,
     steps: int | None,
@@ -147,7 +147,7 @@ def _nodes(
     options: dict[str, Any],
     spared: int,
 ) -> tuple[Grid, dict[str, Any]]:
-    """The grid that the arguments describe, and the options with the step orders that a budget implies.
+    """The grid that the arguments of `make_plan` describe, and the options with the step orders that a budget implies.
 
     `spared` is the number of calls of the sampler's plan that afs does without.
     """

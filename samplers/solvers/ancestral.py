@@ -102,7 +102,7 @@ def _ancestral(
     if 2 in orders:
         h = np.log(now / np.where(down > 0, down, after))  # eta > 1 may ask for noise only: such a step is first order
         # with eta > 1 or r1 > 1/2 the inner point may lie below the lowest level that the model knows
-        known = np.log(now / grid.schedule.sigma_bar(grid.schedule.t_min)) / h
+        known = (np.log(now) + grid.schedule.lam(grid.schedule.t_min)) / h
         fraction = np.where(grid.sigma[1:] > 0, np.minimum(r, known), r)
         mid, z = now * np.exp(-fraction * h), h if prediction == "eps" else -h
         latest = total * (0.5 if solver_type == "midpoint" else psi(2, z) / psi(1, z)) / fraction

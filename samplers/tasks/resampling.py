@@ -1,0 +1,69 @@
+"""RePaint's resampling as a plan: down some steps, back up by adding noise, and down again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from samplers.draft import Draft
+from samplers.grid import Grid
+from samplers.plan import Plan
+from samplers.program import START, Evaluate
+
+
+def resampled(make: Callable[[Grid], Plan], grid: Grid, resamplings: int, jump: int) -> Plan:
+    """The plan of a sampler that goes over every `jump` steps of a grid several times.
+
+    Lugmayr et al. 2022, RePaint, arXiv:2201.09865, section 4.2: at a node `jump` steps further down the state is noised back up
+    by the forward process, and sampled down again, until these steps were taken `resamplings` times. Counted from the end of
+    the grid; the first steps, where the state is noise, are taken once. Each way down starts the sampler anew, as the outputs
+    from before the noise belong to another path: a multistep method needs `jump` of its order or more to gain by it.
+
+    Args:
+        make: the sampler, from nodes to a plan.
+        grid: the nodes.
+        resamplings: how often each `jump` steps are taken, at least 1.
+        jump: steps of one way down, at least 1 and less than the grid has.
+
+    Returns:
+        One plan, whose `nfe` counts every call. A step's end is reported on the last way only.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+    for name, value, most in (("resamplings", resamplings, math.inf), ("jump", jump, grid.steps - 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            wanted = "at least 1" if most == math.inf else f"1 to {most}, less than the grid's {grid.steps} steps"
+            raise ValueError(f"{name} must be a whole number, {wanted}, got {value!r}")
+    ends = list(range(grid.steps, 0, -jump))[::-1]
+    whole = Grid(grid.schedule, grid.t)
+    parts = {
+        (start, end): make(Grid(grid.schedule, grid.t[start : end + 1]))
+        for start, end in zip([0, *ends], ends, strict=False)
+    }
+    p = Draft(whole, next(iter(parts.values())).prediction, first_step=False)
+    x = p.x
+    for (start, end), part in parts.items():
+        ways = resamplings if start > 0 else 1
+        for way in range(ways):
+            if way > 0:
+                ratio = p.alpha[start] / p.alpha[end]
+                added = p.sigma[start] ** 2 - (ratio * p.sigma[end]) ** 2
+                x = p.combine(None, (x, ratio), (p.noise(), math.sqrt(added)))
+            x = _append(p, part, x, start if way == ways - 1 else None)
+    return p.plan()
+
+
+def _append(p: Draft, part: Plan, x: str, first: int | None) -> str:
+    """The instructions of `part` on state x; its nodes are counted from `first`, or not told where that is None."""
+    names = {START: x}
+    for step in part.instructions:
+        if isinstance(step, Evaluate):
+            names[step.dst] = p.evaluate_at(names[step.src], step.t, step.alpha, step.sigma, step.kind)
+        else:
+            for name, _ in step.terms:
+                if name not in names:  # a noise that is used for the first time
+                    names[name] = p.noise()
+            node = None if first is None or step.node is None else first + step.node
+            names[step.dst] = p.combine(node, *((names[name], coefficient) for name, coefficient in step.terms))
+    return names[part.instructions[-1].dst]
