@@ -26,7 +26,8 @@ _SOURCES = (
     *("bench/features.py", "bench/extractors.py", "bench/reference.py", "bench/judge.py", "bench/moments.py"),
     *("bench/intervals.py", "bench/metrics.py", "bench/sample_metrics.py", "bench/solver_error.py", "bench/judging.py"),
     *("samplers/adapters/diffusers/models.py", "samplers/adapters/diffusers/networks.py", "distill/network.py"),
-    *("samplers/adapters/latent.py", "samplers/adapters/variance.py", "bench/prompts.py"),
+    *("samplers/adapters/diffusers/training.py", "samplers/adapters/latent.py"),
+    *("samplers/adapters/variance.py", "bench/prompts.py"),
 )
 WORK = "work"  # what is not finished
 _LOCK = ".lock"

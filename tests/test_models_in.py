@@ -194,6 +194,7 @@ def test_preconditioning_in_atan_is_that_of_its_scheduler() -> None:
         def precondition_noise(self, sigma: Tensor | float) -> Tensor:
             return torch.as_tensor(sigma).atan() / math.pi * 2
 
+    Atan.__name__ = "CosineDPMSolverMultistepScheduler"
     net, scheduler = Seen(), Atan(sigma_data=1.0, prediction_type="v_prediction")
     model = eps_model_from_diffusers(net, scheduler)
     theirs = scheduler.precondition_outputs(X, net(scheduler.precondition_inputs(X, 7.0), net.t), 7.0)
