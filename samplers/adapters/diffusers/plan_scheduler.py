@@ -269,10 +269,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index is None:
             calls = self._calls
             if self._walk is None:
-                if timestep is None:
-                    raise ValueError("timestep must be given at the first call")
-                self._walk, self._first = calls.walk_from(calls.index_of(timestep))
-                self._step_index = calls.index_of(timestep)
+                index = calls.index_of(timestep)
+                self._walk, self._first = calls.walk_from(index)
+                self._step_index = index
             else:
                 self._step_index = self._begin_index
         return int(self._step_index or 0)

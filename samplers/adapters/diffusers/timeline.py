@@ -86,7 +86,7 @@ class Timeline:
                 )
         return cls(planner, grid, plan, timesteps, tuple(timesteps.tolist()), _begins(plan))
 
-    def index_of(self, timestep: float | Tensor) -> int:
+    def index_of(self, timestep: Any) -> int:
         """The place of a time; of two places the second, where a step of a two-call method begins.
 
         Raises:

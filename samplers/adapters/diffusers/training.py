@@ -70,13 +70,13 @@ class Training:
         Raises:
             ValueError: times of another shape, or beyond what the network was trained on.
         """
-        on = like.device if like.device.type != "mps" else "cpu"  # where there is no float64
+        on = like.device if like.device.type != "mps" else torch.device("cpu")  # mps has no float64
         tau = torch.as_tensor(tau).to(device=on, dtype=torch.float64)
         if tau.ndim > 1 or (tau.ndim == 1 and len(tau) not in (1, len(like))):
             raise ValueError(f"timesteps must be one or {len(like)}, one for each sample, got shape {tuple(tau.shape)}")
         t = self.schedule_time(tau)
         latest = self.schedule.t_max
-        if on == "cpu" and not bool(((t >= self.schedule.t_zero) & (t <= latest * (1 + 1e-6))).all()):
+        if on.type == "cpu" and not bool(((t >= self.schedule.t_zero) & (t <= latest * (1 + 1e-6))).all()):
             last = float(self.network_time(torch.tensor(latest, dtype=torch.float64)))
             raise ValueError(f"timesteps must be at most {last:g}, the network's last, got {tau.tolist()}")
         t = t.clamp(max=latest).view(-1, *[1] * (like.ndim - 1))
