@@ -44,11 +44,17 @@ class Stepwise:
         return self._begins[0] == 0
 
     @property
-    def start_is_free(self) -> bool:
-        """Whether nothing but the first call's state is used after it, so that `feed` may do without `start`."""
+    def draws_first(self) -> bool:
+        """Whether noise is added before the first call."""
         before = self.plan.instructions[: self._begins[0]]
-        names = {START, *(name for step in before for name in uses(step)), *(step.dst for step in before)}
-        return all(self._last.get(name, -1) < self._begins[0] for name in names - {self.plan.calls[0].src})
+        return any(name[0] == "z" for step in before for name in uses(step))
+
+    @property
+    def start_is_free(self) -> bool:
+        """Whether nothing but the first call's state is used after it, so that `feed(x=...)` may do without `start`."""
+        before = self.plan.instructions[: self._begins[0]]
+        names = {START, *(name for step in before for name in (*uses(step), step.dst))} - {self.plan.calls[0].src}
+        return all(self._last.get(name, -1) < self._begins[0] for name in names)
 
     def feed(self, value: Tensor, draw: Draw, x: Tensor | None = None) -> Tensor:
         """The state of the next call, or the result after the last one.

@@ -40,7 +40,6 @@ from samplers.adapters.diffusers.training import training_of
 from samplers.execute import NoiseSource, draw_noise
 from samplers.grid import Nodes
 from samplers.plan import Plan
-from samplers.program import Evaluate
 from samplers.stepwise import Stepwise
 
 logger = logging.get_logger(f"diffusers.{__name__}")  # under diffusers' own, whose verbosity is the users' to set
@@ -178,7 +177,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if self._timeline is None:
             return float(self._training.schedule.sigma(self._training.schedule.t_max))
         plan = self._timeline.plan
-        return plan.calls[0].sigma if _draws_first(plan) else plan.sigma_T
+        return plan.calls[0].sigma if Stepwise(plan).draws_first else plan.sigma_T
 
     @property
     def sigmas(self) -> Tensor:
@@ -287,7 +286,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if index >= len(self._calls.plan.calls):
             raise self._ended()
         walk = self._walk
-        if walk is not None and index == self._first and not walk.starts_at_once and not _draws_first(walk.plan):
+        if walk is not None and index == self._first and not walk.starts_at_once and not walk.draws_first:
             self._moved = True
             sample = walk.start(wide(sample), _no_noise).to(sample.dtype)
         if self._training.predicts != "edm":
@@ -328,7 +327,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         call, x, walk = self._calls.plan.calls[index], wide(sample), self._walk
         assert walk is not None  # since _begin
         draw = noise_source if noise_source is not None else from_generator(generator, len(sample))
-        at_start = not walk.starts_at_once and index == self._first and not _draws_first(walk.plan)
+        at_start = not walk.starts_at_once and index == self._first and not walk.draws_first
         if at_start:
             if not self._moved:
                 raise ValueError(
@@ -391,14 +390,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return (alpha.to(x.dtype) * noise - sigma.to(x.dtype) * x).to(sample.dtype)
 
 
-def _draws_first(plan: Plan) -> bool:
-    """Whether noise is added before the first call; then the loop begins there, with that noise among the start noise."""
-    before = plan.instructions[: next(i for i, s in enumerate(plan.instructions) if isinstance(s, Evaluate))]
-    return any(name[0] == "z" for step in before if not isinstance(step, Evaluate) for name, _ in step.terms)
-
-
 def _no_noise(k: int, like: Tensor) -> Tensor:
-    raise AssertionError("a plan that draws noise before its first call is not started, see _draws_first")
+    raise AssertionError("a plan that draws noise before its first call is not started, see Stepwise.draws_first")
 
 
 def _no_network(*args: Any, **cond: Any) -> Tensor:

@@ -122,7 +122,12 @@ class Timeline:
                 f"sampler {name!r} cannot begin at index {index} of timesteps: from there on it takes other calls than when it "
                 "begins at 0; use strength=1, or another sampler"
             )
-        return Stepwise(plan), first
+        walk = Stepwise(plan)
+        if walk.draws_first and not walk.start_is_free:
+            raise ValueError(
+                f"sampler {name!r} needs the state before the noise of its first call, which no pipeline has"
+            )
+        return walk, first
 
 
 def as_timesteps(training: Training, t: Tensor) -> Tensor:
