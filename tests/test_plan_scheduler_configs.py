@@ -429,3 +429,48 @@ def test_a_network_with_a_plan_scheduler_is_an_epsilon_model(tiny_unet: Any) -> 
         b = eps_model_from_diffusers(tiny_unet, PlanScheduler.from_config(theirs.config))
         t = 0.5 * a.schedule.t_max
         assert torch.equal(a.x0(x, t), b.x0(x, t))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_a_distilled_student_is_asked_at_the_times_it_knows(steps: int, strength: float) -> None:
+    theirs = diffusers.LCMScheduler()
+    ours = PlanScheduler.from_config(theirs.config, sampler="consistency", grid="config")
+    for original in (None, 25):
+        theirs.set_timesteps(steps, original_inference_steps=original, strength=strength)
+        ours.set_timesteps(steps, original_inference_steps=original, strength=strength)
+        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    with pytest.raises(
+        ValueError, match="num_inference_steps must be at most .* the steps of the distillation, got 60"
+    ):
+        ours.set_timesteps(60, strength=strength)
+
+
+def test_latent_consistency_models_sample_as_they_do_with_their_own_scheduler() -> None:
+    """But for the boundary condition of a consistency function, whose share at these times is below a thousandth."""
+    theirs = diffusers.LCMScheduler()
+    ours = PlanScheduler.from_config(theirs.config, sampler="consistency", grid="config")
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(4)
+        y, generator = x.clone(), torch.Generator().manual_seed(1)
+        for t in scheduler.timesteps:
+            out = torch.tanh(y) + 0.1 * torch.sin(t / 300)
+            y, x0 = scheduler.step(out, t, y, generator=generator, return_dict=False)
+        assert torch.allclose(x0, y, atol=1e-2)  # what these pipelines decode
+        results.append(y)
+    assert torch.allclose(*results, rtol=1e-2, atol=1e-2)
+
+
+def test_strength_takes_the_last_steps_of_any_grid() -> None:
+    ours = PlanScheduler.from_config(BETAS, sampler="dpmpp-2m")
+    ours.set_timesteps(10)
+    whole = ours.plan.times
+    ours.set_timesteps(10, strength=0.35)
+    assert ours.plan.times == whole[7:]
+    ours.set_timesteps(timesteps=[900, 600, 300, 100], strength=0.5)
+    assert ours.timesteps.tolist() == [300, 100]
+    for bad in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"strength must lie in \(0, 1\]"):
+            ours.set_timesteps(10, strength=bad)

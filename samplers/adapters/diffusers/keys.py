@@ -48,7 +48,7 @@ SPACING = frozenset(
         "use_beta_sigmas",
         "use_lu_lambdas",
     }
-    | {"set_alpha_to_one", "final_sigmas_type", "sigma_schedule", "rho"}
+    | {"set_alpha_to_one", "final_sigmas_type", "sigma_schedule", "rho", "original_inference_steps"}
 )
 # The old solver's own: nothing is lost with them, since the sampler takes its place. They stay in the config.
 SOLVER = frozenset(
@@ -60,7 +60,6 @@ SOLVER = frozenset(
 REPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "lambda_min_clipped": ((None, -math.inf), "where sampling starts is the grid's; give timesteps= that start lower"),
     "stochastic_sampling": ((None, False), "sampler='consistency' draws new noise at every step"),
-    "original_inference_steps": ((None,), "give the steps of the distillation as timesteps="),
     "timestep_scaling": (
         (None,),
         "the boundary condition of consistency models is not applied; it hardly differs from x0",
@@ -197,6 +196,8 @@ def chosen_spacing(config: Mapping[str, Any]) -> str:
     chosen = [f"{flag}=True" for flag in flags if config.get(flag)]
     if config.get("timestep_spacing") == "trailing":
         chosen.append("timestep_spacing='trailing'")
+    if config.get("original_inference_steps"):  # a student's: it knows no other times
+        chosen.append(f"original_inference_steps={config['original_inference_steps']}")
     return " and ".join(chosen)
 
 

@@ -20,7 +20,14 @@ SPACINGS = ("leading", "linspace", "trailing")
 _SHIFTS = ("exponential", "linear")
 
 
-def grid_of(training: Training, config: Mapping[str, Any], entry: Sampler, steps: int, mu: float | None = None) -> Grid:
+def grid_of(
+    training: Training,
+    config: Mapping[str, Any],
+    entry: Sampler,
+    steps: int,
+    mu: float | None = None,
+    strength: float = 1.0,
+) -> Grid:
     """The grid of a number of steps.
 
     Args:
@@ -29,7 +36,57 @@ def grid_of(training: Training, config: Mapping[str, Any], entry: Sampler, steps
         entry: the sampler.
         steps: at least 1.
         mu: the shift that a pipeline made of the size of its image, see `shift_of`.
+        strength: how much of the way is gone, see `part`; of the times of a distillation all `steps` lie in that part.
     """
+    if config.get("grid") == CONFIG and _is_distilled(training, config):
+        calls = distilled(training.steps, int(config["original_inference_steps"]), steps, strength)
+        return Grid(training.schedule, _ended(training, calls, config.get("final") or _final(config)))
+    return part(_whole(training, config, entry, steps, mu), strength)
+
+
+def part(grid: Grid, strength: float) -> Grid:
+    """The last `strength` of a grid's steps, at least one, as image-to-image pipelines count them.
+
+    Raises:
+        ValueError: strength is not in (0, 1].
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1], got {strength}")
+    left_out = grid.steps - max(1, int(grid.steps * strength))
+    return Grid(grid.schedule, grid.t[left_out:]) if left_out else grid
+
+
+def distilled(total: int, original: int, steps: int, strength: float = 1.0) -> np.ndarray:
+    """The training steps at which a latent consistency model was distilled, as many as are asked for, evenly over their list.
+
+    Luo et al. 2023, arXiv:2310.04378, section 4.3, as diffusers' LCMScheduler counts them.
+
+    Args:
+        total: training steps.
+        original: steps of the distillation.
+        steps: how many of them to take.
+        strength: leaves out the first of the list.
+
+    Raises:
+        ValueError: more steps than there are, or more of the distillation than of the training.
+    """
+    if not 1 <= original <= total:
+        raise ValueError(f"original_inference_steps must be 1 to {total}, got {original}")
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1], got {strength}")
+    known = np.arange(int(original * strength), 0, -1) * (total // original) - 1.0
+    if steps > len(known):
+        raise ValueError(
+            f"num_inference_steps must be at most {len(known)}, the steps of the distillation, got {steps}"
+        )
+    return known[np.linspace(0, len(known), steps, endpoint=False).astype(int)]
+
+
+def _is_distilled(training: Training, config: Mapping[str, Any]) -> bool:
+    return training.takes == "step" and bool(config.get("original_inference_steps"))
+
+
+def _whole(training: Training, config: Mapping[str, Any], entry: Sampler, steps: int, mu: float | None) -> Grid:
     schedule, name, final = training.schedule, config.get("grid"), config.get("final")
     if name == CONFIG:
         calls = _moved(training, config, _spaced(training, config, steps), mu)

@@ -16,17 +16,8 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
-from samplers.adapters.diffusers.keys import (
-    CONFIG,
-    DEFAULT_SAMPLER,
-    check_keys,
-    check_own,
-    chosen_spacing,
-    settled,
-    with_defaults,
-    with_plan,
-)
-from samplers.adapters.diffusers.nodes import grid_at, grid_of, grid_through
+from samplers.adapters.diffusers import keys
+from samplers.adapters.diffusers.nodes import grid_at, grid_of, grid_through, part
 from samplers.adapters.diffusers.states import (
     Generators,
     check_together,
@@ -83,30 +74,29 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def __init__(
         self,
-        sampler: str = DEFAULT_SAMPLER,
+        sampler: str = keys.DEFAULT_SAMPLER,
         grid: str | None = None,
         final: str | None = None,
         afs: bool = False,
         options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        reports, options = check_keys(kwargs), dict(options or {})
-        self._entry = with_plan(sampler)
+        reports, options = keys.check_keys(kwargs), dict(options or {})
+        self._entry = keys.with_plan(sampler)
         self._entry.check_options(options)
-        check_own(grid, final, afs)
+        keys.check_own(grid, final, afs)
         self.register_to_config(
-            sampler=sampler, grid=grid, final=final, afs=afs, options=options, **with_defaults(kwargs)
+            sampler=sampler, grid=grid, final=final, afs=afs, options=options, **keys.with_defaults(kwargs)
         )
         self._training = training_of(self.config)
-        self._model = self._training.model(_no_network)
         schedule = self._training.schedule
         if self._training.takes == "step":
             self.alphas_cumprod = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32)  # type: ignore[attr-defined]
-        chosen = chosen_spacing(self.config)
+        chosen = keys.chosen_spacing(self.config)
         if chosen and grid is None:
             reports.append(
                 f"{chosen} of the scheduler's config is not used: the grid is the one recommended for {sampler!r}; "
-                f"grid={CONFIG!r} keeps the config's"
+                f"grid={keys.CONFIG!r} keeps the config's"
             )
         for report in reports:
             logger.warning(report)
@@ -140,7 +130,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 f"config must be a mapping such as pipe.scheduler.config, got {type(config).__name__}; a folder is read by "
                 "PlanScheduler.from_pretrained(folder)"
             )
-        own, found = settled(config, kwargs)
+        own, found = keys.settled(config, kwargs)
         scheduler = cls(**own, **found)
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
@@ -189,7 +179,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """The place in `timesteps` of the next call; None before the first."""
+        """The place of the next call in `timesteps`; None before the first."""
         return self._step_index
 
     @property
@@ -204,6 +194,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         timesteps: Nodes | None = None,
         sigmas: Nodes | None = None,
         mu: float | None = None,
+        original_inference_steps: int | None = None,
+        strength: float = 1.0,
     ) -> None:
         """Decide on the steps, before the loop.
 
@@ -214,6 +206,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             sigmas: instead, noise levels: on a flow its times (before the shift, the 0 at the end is added), on other schedules
                 `sigma / alpha`, end included. With timesteps too, on a flow, the network is told those times.
             mu: of a flow with dynamic shifting.
+            original_inference_steps: of a latent consistency model, instead of the config's; read under `grid="config"`.
+            strength: in (0, 1], the part of the steps to take; latent consistency pipelines give it, others `set_begin_index`.
 
         Raises:
             ValueError: none of the three, two that do not go together, a value out of range, or a prediction that does not
@@ -222,23 +216,26 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         count = num_inference_steps
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"num_inference_steps must be an integer of at least 1, got {count!r}")
-        training, config = self._training, self.config
+        training, config = self._training, dict(self.config)
+        if original_inference_steps is not None:
+            config["original_inference_steps"] = original_inference_steps
         if sigmas is not None:
-            grid = grid_through(training, config, sigmas, mu)
+            grid = part(grid_through(training, config, sigmas, mu), strength)
         elif timesteps is not None:
-            grid = grid_at(training, config, timesteps)
+            grid = part(grid_at(training, config, timesteps), strength)
         elif count is not None:
-            grid = grid_of(training, config, self._entry, count, mu)
+            grid = grid_of(training, config, self._entry, count, mu, strength)
         else:
             raise ValueError("give num_inference_steps, timesteps or sigmas, got none of them")
         given = "sigmas" if sigmas is not None else "timesteps" if timesteps is not None else ""
         if given and count not in (None, grid.steps):
             raise ValueError(f"num_inference_steps={count} and {given} that make {grid.steps} steps: give one of them")
-        planner = Planner(self._entry, config.options, config.afs)
+        planner = Planner(self._entry, config["options"], config["afs"])
         told = None if sigmas is None else timesteps
         timeline = Timeline.of(planner, training, grid, device, told)
+        model = training.model(_no_network)
         for call in timeline.plan.calls:  # better an error here than in the loop
-            self._model.affine(call.kind, call.t, call.alpha, call.sigma)
+            model.affine(call.kind, call.t, call.alpha, call.sigma)
         self._timeline, self.timesteps, self.num_inference_steps = timeline, timeline.timesteps, count or grid.steps
         self._walk = self._step_index = self._begin_index = None
         self._moved = False
@@ -283,12 +280,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if self._training.takes in ("step", "flow") and not self.config.afs:
             return sample
         index = self._begin(timestep)
-        if index >= len(self._calls.plan.calls):
-            raise self._ended()
-        walk = self._walk
-        if walk is not None and index == self._first and not walk.starts_at_once and not walk.draws_first:
+        self._check_turn(index, timestep)
+        if self._moves(index):
             self._moved = True
-            sample = walk.start(wide(sample), _no_noise).to(sample.dtype)
+            sample = self._walk.start(wide(sample), _no_noise).to(sample.dtype)  # type: ignore[union-attr]
         if self._training.predicts != "edm":
             return sample
         call = self._calls.plan.calls[index]
@@ -327,7 +322,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         call, x, walk = self._calls.plan.calls[index], wide(sample), self._walk
         assert walk is not None  # since _begin
         draw = noise_source if noise_source is not None else from_generator(generator, len(sample))
-        at_start = not walk.starts_at_once and index == self._first and not walk.draws_first
+        at_start = self._moves(index)
         if at_start:
             if not self._moved:
                 raise ValueError(
@@ -344,12 +339,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         result = following.to(sample.dtype), x0.to(sample.dtype)
         return PlanSchedulerOutput(*result) if return_dict else result
 
-    def _check_turn(self, index: int, timestep: float | Tensor) -> None:
+    def _check_turn(self, index: int, timestep: float | Tensor | None) -> None:
         """Whether this call is the next one; on an accelerator only the first is looked at, which waits for the device."""
         times = self._calls.times
         if index >= len(times):
-            raise self._ended()
-        if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+            raise ValueError(
+                f"all {len(times)} calls are done; call set_timesteps() or set_begin_index() to begin anew"
+            )
+        if timestep is None or (isinstance(timestep, Tensor) and timestep.device.type != "cpu"):
             return
         if number(timestep) != times[index]:
             raise ValueError(
@@ -357,10 +354,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 "call set_timesteps() or set_begin_index() to begin anew"
             )
 
-    def _ended(self) -> ValueError:
-        return ValueError(
-            f"all {len(self._calls.times)} calls are done; call set_timesteps() or set_begin_index() to begin anew"
-        )
+    def _moves(self, index: int) -> bool:
+        """Whether the plan changes the state before this call, its first: an analytical first step."""
+        walk = self._walk
+        return walk is not None and index == self._first and not walk.starts_at_once and not walk.draws_first
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
         """Clean data with noise, `alpha x0 + sigma eps`.
