@@ -14,6 +14,7 @@ from bench.explain_cli import explain
 from bench.export_cli import export
 from bench.fit_cli import fit
 from bench.reading_cli import diff, doctor, merge, pick
+from bench.sample_cli import sample
 from bench.training_cli import distill, train
 
 
@@ -98,5 +99,5 @@ def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -
     console.print(f"table and plot: {folder}", highlight=False, soft_wrap=True)
 
 
-for command in (bench, check, train, distill, fit, pick, diff, merge, doctor, export, explain):
+for command in (bench, sample, check, train, distill, fit, pick, diff, merge, doctor, export, explain):
     main.add_command(command)

@@ -133,6 +133,7 @@ def on_device(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Net
     network = copy.deepcopy(checkpoint.network).to(device, **layout)
     model = EpsModel(Meter(in_dtype(network, DTYPES[dtype])), checkpoint.schedule, predicts=checkpoint.predicts)
     trained: dict[str, Any] = {"plans": checkpoint.plans, "scalars": network.scalars, "info": checkpoint.info}
+    trained["null_label"] = network.classes or None
     return Network(name, digest, model, network.shape, network.classes, dtype, device=device, **trained)
 
 

@@ -19,7 +19,7 @@ from samplers.adapters.latent import LatentSpace
 HUB = "hf:"
 INDEX = "model_index.json"
 _PATCHED = "FluxTransformer2DModel"  # whose channels are those of patches of 2 x 2
-_NOT_GUIDED = ("time_ids", "guidance", "resolution", "aspect_ratio")  # conditions that a prompt does not change
+NOT_GUIDED = ("time_ids", "guidance", "resolution", "aspect_ratio")  # conditions that a prompt does not change
 _LABELLED = "DiTTransformer2DModel"  # whose last label, after the classes, is none
 
 
@@ -156,6 +156,6 @@ def _conditioned(network: Network, how: Reading) -> Network:
         raise ValueError(f"guidance={how.guidance:g} guides towards prompts, of which none are given; give prompts")
     from samplers.guidance.classifier_free import classifier_free
 
-    null = {name: value for name, value in network.null(1).items() if name not in _NOT_GUIDED}
+    null = {name: value for name, value in network.null(1).items() if name not in NOT_GUIDED}
     model = classifier_free(network.model, how.guidance, null)
     return replace(network, model=model, hash=model_hash({}, {"network": network.hash, "guidance": how.guidance}))

@@ -22,7 +22,8 @@ _LINES: tuple[Any, ...] = ("solid", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3
 _STUDENT = {"linestyle": (0, (4, 2)), "markersize": 8, "markerfacecolor": "white", "markeredgewidth": 1.6, "zorder": 4}
 _ENTRY = 0.2  # inches of height that a line of the legend takes
 _COLUMNS = 10
-_ENLARGE = 2
+_ENLARGE, _SMALL = 2, 64  # how much, and up to which side in pixels
+_FRAME, _LAST_FRAME = 120, 1500  # milliseconds
 _SCATTER, _DOT = 480, 1.5  # pixels: side of the picture, radius of a point
 
 
@@ -145,15 +146,30 @@ def save_film(states: Tensor, path: Path) -> None:
     Image.fromarray(_tiled(quantise(states[:, chosen].flatten(0, 1)), len(chosen))).save(path)
 
 
+def save_animation(states: Tensor, path: Path) -> None:
+    """The way to samples as a GIF that repeats: a frame for each state, with all samples in it as `save_samples` shows them.
+
+    Args:
+        states: (N, frames, C, H, W), of size about 1.
+        path: of the GIF.
+    """
+    frames = [Image.fromarray(_tiled(quantise(states[:, k]))) for k in range(states.shape[1])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown = [_FRAME] * (len(frames) - 1) + [_LAST_FRAME]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=shown, loop=0)
+
+
 def _tiled(images: Tensor, columns: int = _COLUMNS) -> np.ndarray:
-    """(N, C, H, W) uint8 as one picture (rows H, columns W[, 3])."""
+    """(N, C, H, W) uint8 as one picture (rows H, columns W[, 3]); small images are enlarged."""
     count, channels, height, width = images.shape
+    columns = min(columns, count)
     rows = -(-count // columns)
     padded = torch.zeros(rows * columns, channels, height, width, dtype=torch.uint8)
     padded[:count] = images
     picture = padded.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     picture = picture.reshape(rows * height, columns * width, channels)
-    picture = picture.repeat_interleave(_ENLARGE, 0).repeat_interleave(_ENLARGE, 1)
+    if max(height, width) <= _SMALL:
+        picture = picture.repeat_interleave(_ENLARGE, 0).repeat_interleave(_ENLARGE, 1)
     return picture.squeeze(-1).numpy() if channels == 1 else picture.numpy()
 
 

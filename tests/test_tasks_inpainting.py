@@ -61,6 +61,19 @@ def test_the_painted_part_follows_the_known_one(resamplings):
         assert spread == pytest.approx((1 - rho**2) ** 0.5, abs=0.08)
 
 
+def test_strength_starts_from_the_image_under_the_mask_too():
+    weak = tasks.inpaint(gaussian(VP), IMAGE, MASK, "ddim", strength=0.2, steps=20)
+    assert weak.steps == 4
+    assert torch.equal(weak.x[..., ~MASK], IMAGE[..., ~MASK])
+    full = tasks.inpaint(gaussian(VP), IMAGE, MASK, "ddim", steps=20)
+    near, far = ((r.x - IMAGE)[..., MASK].square().mean() for r in (weak, full))
+    assert near < 0.3 * far
+    both = tasks.inpaint(gaussian(VP), IMAGE, MASK, "ddim", strength=0.5, nfe=20, resamplings=2, jump=2)
+    assert both.nfe <= 20
+    with pytest.raises(ValueError, match="strength must lie in"):
+        tasks.inpaint(gaussian(VP), IMAGE, MASK, "ddim", strength=0, steps=20)
+
+
 def test_soft_masks_blend():
     mask = torch.full((4, 4), 0.25, dtype=torch.float64)
     result = tasks.inpaint(gaussian(VP), IMAGE, mask, "ddim", steps=5, final="zero")

@@ -45,11 +45,8 @@ def img2img(
         ValueError, TypeError: as `samplers.sample`; strength out of range, or so small that no step is left; image or noise on
             another device than the network, or of another shape.
     """
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
-        raise ValueError(f"strength must lie in (0, 1], got {strength!r}")
-    job = prepare(model, sampler, **how)
+    job = from_strength(prepare(model, sampler, **how), strength)
     check_tensor(model, "image", image)
-    job = _from_strength(job, strength)
     if noise is None:
         noise = job.noise(image)
     check_beside("noise", noise, "image", image)
@@ -58,7 +55,12 @@ def img2img(
     return job.run(model, noised(job.grid, image, noise.to(image.dtype)))
 
 
-def _from_strength(job: Job, strength: float) -> Job:
+def from_strength(job: Job, strength: float) -> Job:
+    """The end of a job's grid that `img2img` goes through; strength and errors as there."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise ValueError(f"strength must lie in (0, 1], got {strength!r}")
+    if strength == 1:
+        return job
     steps = job.grid.steps
     if job.entry.adaptive and steps == 1:
         end, start = job.grid.t[-1], job.grid.t[0]

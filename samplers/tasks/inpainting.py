@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from samplers.grid import Grid
 from samplers.model import EpsModel, Scalar
 from samplers.plan import Plan
 from samplers.tasks.conditional import Corrected, Predict
+from samplers.tasks.img2img import from_strength
 from samplers.tasks.job import Job, Result, check_beside, check_tensor, noised, prepare
 from samplers.tasks.resampling import resampled
 
@@ -45,6 +47,7 @@ def inpaint(
     mask: Tensor,
     sampler: str,
     *,
+    strength: float = 1.0,
     resamplings: int = 1,
     jump: int = 1,
     x_T: Tensor | None = None,
@@ -58,10 +61,11 @@ def inpaint(
 
     Args:
         model: the epsilon-model.
-        image: (B, ...) in the model's range; what it holds under the mask does not matter.
+        image: (B, ...) in the model's range; at full strength, what it holds under the mask does not matter.
         mask: bool, or numbers in [0, 1]: 1 where to paint, 0 where the image is kept, between them a blend; (H, W), or any shape
             that broadcasts against image.
         sampler: a registered name.
+        strength: as in `img2img`: below 1, sampling starts from the noised image, also under the mask.
         resamplings: how often each `jump` steps are taken; 1 is once.
         jump: steps that are taken back at once.
         x_T: start states (B, ...); None: noised from `seed`, and where the image is known around it.
@@ -76,9 +80,9 @@ def inpaint(
     """
     check_tensor(model, "image", image)
     mask = checked_mask(mask, image)
-    job, plan = _planned(model, sampler, resamplings, jump, how)
+    job, plan = _planned(model, sampler, strength, resamplings, jump, how)
     if x_T is None:
-        x_T = noised(job.grid, image * (1.0 - mask), job.noise(image))
+        x_T = noised(job.grid, image if strength < 1 else image * (1.0 - mask), job.noise(image))
     check_tensor(model, "x_T", x_T)
     if x_T.shape != image.shape:
         raise ValueError(f"x_T must be of the shape of image, {tuple(image.shape)}, got {tuple(x_T.shape)}")
@@ -162,25 +166,28 @@ def checked_mask(mask: Tensor, image: Tensor) -> Tensor:
 
 
 def _planned(
-    model: EpsModel, sampler: str, resamplings: int, jump: int, how: dict[str, Any]
+    model: EpsModel, sampler: str, strength: float, resamplings: int, jump: int, how: dict[str, Any]
 ) -> tuple[Job, Plan | None]:
     """The job, and the resampled plan where there is resampling."""
+    job = from_strength(prepare(model, sampler, **how), strength)
     if resamplings == 1:
-        return prepare(model, sampler, **how), None
-    budget = how.get("nfe")
-    job = prepare(model, sampler, **(how if budget is None else {**how, "nfe": None, "steps": 1}))
+        return job, None
     if job.entry.adaptive:
         raise ValueError(f"sampler {sampler!r} has no plan to resample: resamplings must be 1, got {resamplings!r}")
+    budget = how.get("nfe")
     if budget is None:
         return job, _resampled(job, resamplings, jump)
-    prepare(model, sampler, **how)  # the budget and what goes with it are checked as ever
-    for steps in range(min(budget, budget // max(resamplings, 1) + jump), jump, -1):
-        job = prepare(model, sampler, **{**how, "nfe": None, "steps": steps})
+    # its grid was made for one way down: the longest that, with resampling, keeps to the budget is looked for
+    plan, steps = None, min(budget, math.ceil((budget // max(resamplings, 1) + jump) / strength)) + 1
+    while plan is None or plan.nfe > budget:
+        steps -= 1
+        job = from_strength(prepare(model, sampler, **{**how, "nfe": None, "steps": steps}), strength)
+        if plan is not None and job.grid.steps <= jump:
+            raise ValueError(
+                f"nfe must be at least {plan.nfe} for resamplings={resamplings} and jump={jump}, got {budget}"
+            )
         plan = _resampled(job, resamplings, jump)
-        if plan.nfe <= budget:
-            return job, plan
-    least = _resampled(prepare(model, sampler, **{**how, "nfe": None, "steps": jump + 1}), resamplings, jump).nfe
-    raise ValueError(f"nfe must be at least {least} for resamplings={resamplings} and jump={jump}, got {budget}")
+    return job, plan
 
 
 def _resampled(job: Job, resamplings: int, jump: int) -> Plan:
