@@ -390,14 +390,3 @@ def test_two_schedulers_that_share_the_steps(name: str) -> None:
 
 def test_an_empty_batch_stays_empty() -> None:
     assert run(made("dpmpp-2m"), X[:0], seed=None).shape == (0, 4, 6, 6)
-
-
-def test_edm_is_scaled_for_the_network() -> None:
-    theirs = diffusers.EDMEulerScheduler()
-    ours = PlanScheduler.from_config(theirs.config, sampler="euler", grid="config")
-    for scheduler in (theirs, ours):
-        scheduler.set_timesteps(4)
-    t = ours.timesteps[0]
-    assert torch.allclose(ours.scale_model_input(80 * X, t), theirs.scale_model_input(80 * X, t), rtol=1e-5)
-    assert ours.step_index == 0
-    assert made("ddim").scale_model_input(X, 999) is X

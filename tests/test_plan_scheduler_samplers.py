@@ -24,6 +24,7 @@ CONFIGS = {
     "flow": {"shift": 1.0},
     "edm": {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
     "edm_v": {"sigma_min": 0.002, "sigma_max": 700.0, "sigma_data": 1.0, "prediction_type": "v_prediction"},
+    "edm_angle": {"sigma_min": 0.3, "sigma_max": 500.0, "sigma_data": 1.0, "time_input": "angle"},
 }
 Z = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Net = Callable[[Tensor, Any], Tensor]
@@ -41,8 +42,11 @@ def problem(exact: Any) -> Callable[[str], tuple[Training, Net, EpsModel]]:
             inner = partial(inner, data=data)
 
         def net(x: Tensor, tau: Any) -> Tensor:
-            tau = torch.as_tensor(tau).float().double().expand(len(x))  # no network of diffusers knows more than float32
-            return training.sign * inner(x, tau if training.predicts == "edm" else training.schedule_time(tau))
+            tau = (
+                torch.as_tensor(tau).float().double().expand(len(x))
+            )  # no network of diffusers knows more than float32
+            t = training.schedule_time(tau)
+            return training.sign * inner(x, 0.25 * t.log() if training.predicts == "edm" else t)
 
         return training, net, training.model(lambda x, tau: training.sign * net(x, tau))
 
@@ -112,7 +116,9 @@ def test_options_are_the_samplers_own(problem: Any, name: str, options: dict[str
     x_T = Z * scheduler.init_noise_sigma
     wanted = sample(model, name, x_T=x_T, steps=7, noise_source=normals(), **options)
     assert error(loop(scheduler, net, x_T, noise_source=normals()), wanted) < 1e-10
-    assert error(sample(model, name, x_T=x_T, steps=7, noise_source=normals()), wanted) > 1e-5  # the options do something
+    assert (
+        error(sample(model, name, x_T=x_T, steps=7, noise_source=normals()), wanted) > 1e-5
+    )  # the options do something
 
 
 @pytest.mark.parametrize("final", ["t_min", "zero", "denoise"])
@@ -195,7 +201,9 @@ def test_where_no_step_begins_is_an_error(name: str, index: int, message: str) -
 def test_noise_before_the_first_call_is_part_of_the_start_noise(problem: Any) -> None:
     """edm with churn, begun below t_max: the loop begins at the noise level after the churn."""
     _, net, model = problem("edm")
-    options = {"s_churn": 100.0}  # more than sqrt(2) - 1 at any number of steps, so that the rest of a grid has the same
+    options = {
+        "s_churn": 100.0
+    }  # more than sqrt(2) - 1 at any number of steps, so that the rest of a grid has the same
     scheduler = PlanScheduler.from_config(CONFIGS["edm"], sampler="edm", **options)
     sigmas = [5.0, 2.0, 0.7, 0.1]
     scheduler.set_timesteps(sigmas=sigmas)

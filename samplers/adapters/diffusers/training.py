@@ -94,11 +94,9 @@ class Training:
 
 def of_class(config: Mapping[str, Any], name: Any) -> dict[str, Any]:
     """A config with what the scheduler's class alone tells: that it matches flows, or which time its network takes."""
-    known = {
-        "LTXEulerAncestralRFScheduler": {"shift": 1.0},
-        "CosineDPMSolverMultistepScheduler": {"time_input": "angle"},
-    }
-    return {**known.get(name, {}), **config}
+    if name == "LTXEulerAncestralRFScheduler":
+        return {"shift": 1.0, **config}
+    return {"time_input": "angle", **config} if name == "CosineDPMSolverMultistepScheduler" else dict(config)
 
 
 def training_of(config: Mapping[str, Any], name: str = "PlanScheduler", table: Any = None) -> Training:
