@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Network:
     """
 
     def __init__(self, model: EpsModel, cond: Mapping[str, Any] | None, nfe: int | None, tolerances: str) -> None:
-        self.model, self.cond, self.nfe, self.tolerances = model, {} if cond is None else cond, nfe, tolerances
+        self.model, self.cond, self.nfe, self.tolerances = model.begin(), {} if cond is None else cond, nfe, tolerances
         self.calls, self.t = 0, math.nan
 
     def __call__(self, x: Tensor, t: float, alpha: float, sigma: float, kind: str) -> Tensor:
@@ -113,8 +113,8 @@ def integrate(
     """
     check_positive(rtol=rtol, atol=atol)
     network = Network(model, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
-    slope = _Slope(network, grid)
-    segment = _lsoda if method == _LSODA else _torchdiffeq
+    slope = Slope(network, grid)
+    segment = _lsoda if method == _LSODA else solve
     theta = torch.atan2(*(torch.as_tensor(a, dtype=torch.float64) for a in (grid.sigma, grid.alpha)))
     norm = ((grid.alpha**2 + grid.sigma**2) ** 0.5).tolist()
 
@@ -124,7 +124,16 @@ def integrate(
     return through_nodes(network, grid, x_T, callback, advance)
 
 
-def _torchdiffeq(slope: _Slope, y: Tensor, theta: Tensor, method: str, rtol: float, atol: float) -> Tensor:
+def solve(slope: Stoppable, y: Tensor, theta: Tensor, method: str, rtol: float, atol: float) -> Tensor:
+    """The solution at the end of `theta` (2,), which may rise or fall, from y at its start.
+
+    Args:
+        slope: `slope(theta, y)` is dy / dtheta; `slope.stopped(why)` the error of an integrator that gave up.
+        y: (B, ...).
+        theta: start and end, float64.
+        method: of torchdiffeq.
+        rtol, atol: tolerances on y.
+    """
     from torchdiffeq import odeint
 
     theta = theta.to(y.device, torch.float64 if y.dtype == torch.float64 else torch.float32)
@@ -135,7 +144,7 @@ def _torchdiffeq(slope: _Slope, y: Tensor, theta: Tensor, method: str, rtol: flo
         raise slope.stopped(str(error)) from error
 
 
-def _lsoda(slope: _Slope, y: Tensor, theta: Tensor, method: str, rtol: float, atol: float) -> Tensor:
+def _lsoda(slope: Slope, y: Tensor, theta: Tensor, method: str, rtol: float, atol: float) -> Tensor:
     from scipy.integrate import solve_ivp
 
     def flat(at: float, values: Any) -> Any:
@@ -151,13 +160,29 @@ def _lsoda(slope: _Slope, y: Tensor, theta: Tensor, method: str, rtol: float, at
     return torch.as_tensor(found.y[:, -1]).view(y.shape).to(y)
 
 
-class _Slope:
-    """`dy/dtheta`."""
+class Stoppable(Protocol):
+    """The slope of an equation that `solve` integrates."""
+
+    def __call__(self, theta: Tensor, y: Tensor) -> Tensor:
+        """`dy/dtheta`."""
+
+    def stopped(self, why: str) -> SamplingError:
+        """The error of an integrator that gave up."""
+
+
+class Slope:
+    """`dy/dtheta` of the probability-flow ODE.
+
+    Args:
+        network: what is called.
+        grid: whose range the times keep to.
+    """
 
     def __init__(self, network: Network, grid: Grid) -> None:
         self.network, self.grid, self.theta = network, grid, math.nan
 
     def __call__(self, theta: Tensor | float, y: Tensor) -> Tensor:
+        """`v / sqrt(alpha^2 + sigma^2)`."""
         self.theta = float(theta)
         grid, schedule = self.grid, self.grid.schedule
         last = grid.t[-1] if grid.sigma[-1] > 0 else grid.t[-2]
@@ -170,4 +195,5 @@ class _Slope:
         return self.network(y * norm, t, alpha, sigma, "v") / norm
 
     def stopped(self, why: str) -> SamplingError:
+        """The error of an integrator that gave up."""
         return SamplingError(f"the adaptive integrator stopped at theta={self.theta:g} (t={self.network.t:g}): {why}")

@@ -143,10 +143,10 @@ class Loop:
         """Execute every instruction in place; the last state is the result."""
         values: Values = [None] * (self.program.buffers + self.program.borrowed)
         values[-1] = x_T
-        write, inside = _writer(x_T), x_T.numel() * x_T.element_size()
+        model, write, inside = self.model.begin(), _writer(x_T), x_T.numel() * x_T.element_size()
         for step in self.program.code:
             if isinstance(step, Call):
-                self._evaluate(step, values, write, inside, cond, watch)
+                self._evaluate(model, step, values, write, inside, cond, watch)
             else:
                 for place, number in step.draws:
                     values[place] = draw_noise(draw, number, x_T)
@@ -158,11 +158,18 @@ class Loop:
         return values[self.program.code[-1].dst]
 
     def _evaluate(
-        self, step: Call, values: Values, write: Writer, inside: int, cond: Mapping[str, Any], watch: Watch | None
+        self,
+        model: EpsModel,
+        step: Call,
+        values: Values,
+        write: Writer,
+        inside: int,
+        cond: Mapping[str, Any],
+        watch: Watch | None,
     ) -> None:
         """One network call; a method of its own so that no name outlives it and keeps an output's memory."""
         x = values[step.src]
-        out = self.model.output(x, self.times[step.number], *self.levels[step.number], cond)
+        out = model.output(x, self.times[step.number], *self.levels[step.number], cond)
         if watch is not None:
             watch(step, out)
         if step.src >= 0 and 0 <= out.data_ptr() - x.data_ptr() < inside:
@@ -176,11 +183,11 @@ class Loop:
     def run_pure(self, x_T: Tensor, noises: Sequence[Tensor], cond: Mapping[str, Any]) -> Tensor:
         """The same, but every value is a new tensor: for gradients and for torch.compile, which does its own memory planning."""
         values: Values = [None] * (self.program.buffers + self.program.borrowed)
-        values[-1] = x_T
+        values[-1], model = x_T, self.model.begin()
         for step in self.program.code:
             if isinstance(step, Call):
                 x, (by_x, by_out) = values[step.src], self.affines[step.number]
-                out = self.model.output(x, self.times[step.number], *self.levels[step.number], cond)
+                out = model.output(x, self.times[step.number], *self.levels[step.number], cond)
                 values[step.dst] = out if step.dst < 0 else _sum((x, by_x), (out, by_out))
             else:
                 for place, number in step.draws:
@@ -290,14 +297,14 @@ def sample_indices(indices: Tensor | None, batch: int) -> Tensor:
     return indices.to(torch.int64)
 
 
-def check_start(model: EpsModel, x_T: Tensor) -> None:
-    """Raise TypeError or ValueError where x_T is not a state that the model's network can take."""
+def check_start(model: EpsModel, x_T: Tensor, name: str = "x_T") -> None:
+    """Raise TypeError or ValueError where x_T, an argument called `name`, is no state that the model's network can take."""
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
         raise TypeError(
-            f"x_T must be a floating-point tensor (B, ...), got {getattr(x_T, 'dtype', type(x_T).__name__)}"
+            f"{name} must be a floating-point tensor (B, ...), got {getattr(x_T, 'dtype', type(x_T).__name__)}"
         )
     weights = model.weights
     if weights is not None and weights.device != x_T.device:
-        raise ValueError(f"x_T is on {x_T.device}, the network on {weights.device}; move one of them")
+        raise ValueError(f"{name} is on {x_T.device}, the network on {weights.device}; move one of them")
     if weights is not None and weights.dtype != x_T.dtype:
-        raise ValueError(f"x_T is {x_T.dtype}, the network {weights.dtype}; convert one of them")
+        raise ValueError(f"{name} is {x_T.dtype}, the network {weights.dtype}; convert one of them")

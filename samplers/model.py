@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,14 @@ class Affine(NamedTuple):
 
     x: Scalar
     out: Scalar
+
+    def like(self, x: Tensor) -> Affine:
+        """With factors in the dtype of x, so that nothing they are multiplied with changes its own."""
+        return Affine(*(value.to(x.dtype) if isinstance(value, Tensor) else value for value in self))
+
+    def of(self, x: Tensor, out: Tensor) -> Tensor:
+        """The value itself."""
+        return self.out * out if _is_zero(self.x) else self.x * x + self.out * out
 
 
 def _eps_and_x0(
@@ -103,6 +112,16 @@ class EpsModel:
         parameters = getattr(self.net, "parameters", None)
         return next(iter(parameters()), None) if callable(parameters) else None
 
+    def begin(self) -> EpsModel:
+        """The model for one run: itself, or a copy with an empty memory where it remembers the calls of a run."""
+        return self
+
+    def with_networks(self, change: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> EpsModel:
+        """A copy whose network is `change(net)`; of a model that is made of others, every network in it."""
+        other = copy.copy(self)
+        other.net, other.compiled = change(self.net), {}
+        return other
+
     def __call__(self, x: Tensor, t: Scalar, **cond: Any) -> Tensor:
         """Epsilon at states x (B, ...) and time t, a float or a (B,) tensor; the same as `eps`."""
         return self.eps(x, t, **cond)
@@ -139,6 +158,13 @@ class EpsModel:
                 f"a network with predicts={self.predicts!r} gives no {kind} at t={t:g}, where alpha={alpha:g} and sigma={sigma:g}"
             )
         return affine
+
+    def relation(self, kind: str, x: Tensor, times: Tensor, alpha: Scalar, sigma: Scalar) -> Affine:
+        """`affine` from inside a call, as `output` gets its arguments: factors that broadcast with x, nothing checked."""
+        t: Scalar = 0.0
+        if self.predicts == "flow":  # the one kind whose factors depend on more than alpha and sigma
+            t = times.double().view(-1, *[1] * (x.ndim - 1))
+        return self._affine(kind, t, alpha, sigma).like(x)
 
     def times(self, values: Sequence[float], x: Tensor) -> tuple[Tensor, ...]:
         """Each time as the (B,) tensor a network takes beside states x, all made at once; no later copy to the device."""
@@ -185,10 +211,9 @@ class EpsModel:
             t = t.to(dtype=torch.float64, device=x.device)
             column = t.view(-1, *[1] * (x.ndim - 1))
             alpha, sigma = self.schedule.alpha(column), self.schedule.sigma(column)
-            wide = self._affine(kind, column, alpha, sigma)
-            affine = Affine(*(a.to(x.dtype) if isinstance(a, Tensor) else a for a in wide))
+            affine = self._affine(kind, column, alpha, sigma).like(x)
             out = self.output(x, t.to(_time_dtype(x)), alpha, sigma, cond)
-        return affine.out * out if _is_zero(affine.x) else affine.x * x + affine.out * out
+        return affine.of(x, out)
 
     def _affine(self, kind: str, t: Scalar, alpha: Scalar, sigma: Scalar) -> Affine:
         dalpha, dsigma = self._slopes(t) if self.predicts == "flow" else (0.0, 0.0)

@@ -66,6 +66,30 @@ def _network(mixture, schedule, predicts):
 
 
 @pytest.fixture(scope="session")
+def classes(mixture):
+    """`classes(schedule, predicts)`: a model of the mixture's three components as classes, with null class 3 for all of it.
+
+    `classes.seen` has the labels of every call of a network.
+    """
+    parts = ("means", "residual", "basis", "variances")
+    of_class = [GaussianMixture(torch.ones(1), *(getattr(mixture, part)[[k]] for part in parts)) for k in range(3)]
+    seen = []
+
+    def model(schedule, predicts="eps", **options):
+        nets = [_network(one, schedule, predicts) for one in (*of_class, mixture)]
+
+        def net(x, t, class_labels):
+            seen.append(class_labels.tolist())
+            every = torch.stack([one(x, t) for one in nets])
+            return every[class_labels, torch.arange(len(x))]
+
+        return EpsModel(net, schedule, predicts, **options)
+
+    model.seen = seen
+    return model
+
+
+@pytest.fixture(scope="session")
 def problem_on():
     """The problem of the certificates on "vp_linear", "cosine" or "edm", with its reference; made once."""
     from bench.certify.order import problem
@@ -130,3 +154,16 @@ def tiny_folder(tmp_path_factory):
         return made[builder]
 
     return folder
+
+
+@pytest.fixture
+def measured(record_property):
+    """`measured(pipeline, sampler, difference)`: the difference, which is also kept in a JUnit report."""
+
+    def keep(kind, sampler, difference):
+        record_property("pipeline", kind.__name__)
+        record_property("sampler", sampler)
+        record_property("difference", difference)
+        return difference
+
+    return keep

@@ -137,8 +137,10 @@ def test_nan_is_not_hidden(wrap):
 @pytest.mark.parametrize("predicts", ["eps", "score"])
 def test_pure_noise_has_no_x0_for_an_eps_network(exact, wrap, predicts):
     x_T = X[:3, 0, 0, :2]
-    with pytest.raises(ValueError, match=f"predicts='{predicts}' gives no x0 where alpha=0, at t=1"):
+    with pytest.raises(ValueError, match=f"predicts='{predicts}' gives no x0 at t=1, where alpha=0"):
         sample(wrap(exact(FLOW, predicts)), "ddim", x_T=x_T, steps=3)
+    with pytest.raises(ValueError, match=f"predicts='{predicts}' gives no x0 at t=1, where alpha=0"):
+        wrap(exact(FLOW, predicts)).x0(x_T, torch.tensor([0.5, 1.0, 0.2], dtype=torch.float64))
     assert sample(wrap(exact(FLOW, predicts)), "ddim", x_T=x_T, timesteps=[0.9, 0.5]).isfinite().all()
     assert sample(wrap(exact(FLOW, "flow")), "ddim", x_T=x_T, steps=3).isfinite().all()
 

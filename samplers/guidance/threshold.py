@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samplers.model import EpsModel
+from samplers.guidance.wrapped import Wrapped
+from samplers.model import Affine, EpsModel, Scalar
 
 
 def clip(model: EpsModel, max_value: float = 1.0) -> EpsModel:
@@ -31,8 +32,8 @@ def clip(model: EpsModel, max_value: float = 1.0) -> EpsModel:
         ValueError: max_value not positive and finite.
         TypeError: not a model.
     """
-    _check(model, max_value)
-    return _wrapped(model, partial(torch.clamp, min=-max_value, max=max_value))
+    _check(max_value)
+    return _Changed(model, partial(torch.clamp, min=-max_value, max=max_value))
 
 
 def threshold(model: EpsModel, ratio: float = 0.995, max_value: float = 1.0, *, limit: float = math.inf) -> EpsModel:
@@ -55,12 +56,12 @@ def threshold(model: EpsModel, ratio: float = 0.995, max_value: float = 1.0, *, 
         ValueError: a value out of range.
         TypeError: not a model.
     """
-    _check(model, max_value)
+    _check(max_value)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
     if not limit >= max_value:
         raise ValueError(f"limit must be at least max_value={max_value}, got {limit}")
-    return _wrapped(model, partial(_dynamic, ratio=ratio, max_value=max_value, limit=limit))
+    return _Changed(model, partial(_dynamic, ratio=ratio, max_value=max_value, limit=limit))
 
 
 def _dynamic(x0: Tensor, ratio: float, max_value: float, limit: float) -> Tensor:
@@ -79,34 +80,28 @@ def _quantile(rows: Tensor, ratio: float) -> Tensor:
     return torch.lerp(low, high, position - below)
 
 
-def _check(model: EpsModel, max_value: float) -> None:
-    if not isinstance(model, EpsModel):
-        raise TypeError(f"model must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")
+def _check(max_value: float) -> None:
     if not 0 < max_value < math.inf:
         raise ValueError(f"max_value must be positive and finite, got {max_value}")
 
 
-def _wrapped(model: EpsModel, change: Callable[[Tensor], Tensor]) -> EpsModel:
-    return EpsModel(_Changed(model, change), model.schedule, predicts="x0")
-
-
-class _Changed:
-    """The network of a wrapped model: x0 of the model, changed."""
+class _Changed(Wrapped):
+    """The model's x0, changed."""
 
     def __init__(self, model: EpsModel, change: Callable[[Tensor], Tensor]) -> None:
-        self.model, self.change = model, change
-        schedule = model.schedule
+        super().__init__(model, "x0")
+        self.change = change
         # the one place where such a network has no x0; looking for it waits for the device, so only there
-        self.undefined = model.predicts in ("eps", "score") and float(schedule.alpha(schedule.t_max)) == 0
+        self.undefined = model.predicts in ("eps", "score") and float(self.schedule.alpha(self.schedule.t_max)) == 0
 
-    def parameters(self) -> Iterator[Tensor]:
-        """What tells dtype and device of the model's states."""
-        weights = self.model.weights
-        return iter(() if weights is None else (weights,))
+    def affine(self, kind: str, t: Scalar, alpha: Scalar, sigma: Scalar) -> Affine:
+        """As of a network that predicts x0; ValueError where the model inside gives none."""
+        self.model.affine("x0", t, alpha, sigma)
+        return super().affine(kind, t, alpha, sigma)
 
-    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        if self.undefined and bool((self.model.schedule.alpha(t.double()) == 0).any()):
-            raise ValueError(
-                f"a network with predicts={self.model.predicts!r} gives no x0 where alpha=0, at t={t.max():g}"
-            )
-        return self.change(self.model.x0(x, t, **cond))
+    def output(self, x: Tensor, times: Tensor, alpha: Scalar, sigma: Scalar, cond: Mapping[str, Any]) -> Tensor:
+        """x0, changed."""
+        if self.undefined and isinstance(alpha, Tensor) and bool((alpha == 0).any()):
+            self.model.affine("x0", float(times.max()), 0.0, 1.0)  # says what is wrong
+        out = self.model.output(x, times, alpha, sigma, cond)
+        return self.change(self.model.relation("x0", x, times, alpha, sigma).of(x, out))
