@@ -62,7 +62,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             On a flow the config's shift moves the nodes of every grid.
         final: "t_min", "zero" or "denoise", see `grids.make_grid`; None is the grid's own.
         afs: analytical first step; needs a pipeline that calls `scale_model_input`.
-        options: the sampler's own, such as `{"eta": 0.5}`.
+        options: the sampler's own, such as `{"eta": 0.5}`; `eta` of a pipeline's call reaches diffusers' DDIM alone.
         kwargs: keys of diffusers' schedulers: how the network was trained. None of them is DDPM's: 1000 steps, linear betas.
 
     Raises:
