@@ -1,7 +1,7 @@
 """Samplers of diffusion models as data: schedules, the epsilon-model, plans, and the executor that runs them."""
 
 from samplers import grid as grids
-from samplers import guidance
+from samplers import guidance, tasks
 from samplers import schedule as schedules
 from samplers.errors import SamplingError
 from samplers.execute import Progress, run_plan
@@ -26,4 +26,5 @@ __all__ = [
     "run_plan",
     "sample",
     "schedules",
+    "tasks",
 ]
