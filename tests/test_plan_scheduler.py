@@ -250,6 +250,8 @@ def test_noise_is_added_at_the_networks_times() -> None:
     assert torch.allclose(scheduler.get_velocity(X, noise, times), theirs.get_velocity(X, noise, times), atol=1e-5)
     assert torch.equal(scheduler.scale_noise(X, times, noise), scheduler.add_noise(X, noise, times))
     assert torch.equal(scheduler.add_noise(X, noise, 10), scheduler.add_noise(X, noise, torch.tensor([10])))
+    several = scheduler.add_noise(X[:1], noise, times)  # one image under two noises
+    assert torch.equal(several, scheduler.add_noise(X[:1].expand(2, -1, -1, -1), noise, times))
     assert scheduler.add_noise(X.half(), noise.half(), times).dtype == torch.float16
     flow = PlanScheduler.from_config({"shift": 3.0})
     assert torch.allclose(flow.scale_noise(X, torch.tensor([250.0]), noise), 0.75 * X + 0.25 * noise)
@@ -262,7 +264,7 @@ def test_noise_is_added_at_the_networks_times() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((X, X[:1], 10), r"noise must have the shape of original_samples, \(2, 4, 6, 6\), got \(1, 4, 6, 6\)"),
+        ((X, X[:, :3], 10), r"noise must have the shape of original_samples, \(2, 4, 6, 6\), got \(2, 3, 6, 6\)"),
         ((X, X.to("meta"), 10), "noise is on meta, original_samples on cpu; move one of them"),
         ((X, X, torch.tensor([1, 2, 3])), r"timesteps must be one or 2, one for each sample, got shape \(3,\)"),
         ((X, X, 1000), "timesteps must be at most 999, the network's last, got 1000"),

@@ -364,14 +364,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             original_samples: (B, ...).
-            noise: standard normal, of the same shape.
+            noise: standard normal, of a shape that broadcasts with it: pipelines noise one image in several ways.
             timesteps: (B,), or one: the network's times.
 
         Raises:
             ValueError: shapes, devices or times that do not fit.
         """
-        check_together("noise", noise, "original_samples", original_samples)
-        alpha, sigma = self._training.levels(timesteps, original_samples)
+        check_together("noise", noise, "original_samples", original_samples, broadcast=True)
+        alpha, sigma = self._training.levels(timesteps, max(original_samples, noise, key=len))
         x = wide(original_samples)
         return (alpha.to(x.dtype) * x + sigma.to(x.dtype) * noise).to(original_samples.dtype)
 

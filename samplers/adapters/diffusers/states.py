@@ -33,14 +33,18 @@ def prediction_of(output: Any, sample: Any) -> Tensor:
     return output
 
 
-def check_together(name: str, value: Tensor, with_name: str, with_value: Tensor) -> None:
-    """Raise ValueError where two tensors are on different devices or of different shapes."""
+def check_together(name: str, value: Tensor, with_name: str, with_value: Tensor, *, broadcast: bool = False) -> None:
+    """Raise ValueError where two tensors are on different devices or of shapes that differ, or do not even broadcast."""
     if value.device != with_value.device:
         raise ValueError(f"{name} is on {value.device}, {with_name} on {with_value.device}; move one of them")
-    if value.shape != with_value.shape:
+    if value.shape != with_value.shape and not (broadcast and _broadcast(value, with_value)):
         raise ValueError(
             f"{name} must have the shape of {with_name}, {tuple(with_value.shape)}, got {tuple(value.shape)}"
         )
+
+
+def _broadcast(a: Tensor, b: Tensor) -> bool:
+    return a.ndim == b.ndim and all(n == m or 1 in (n, m) for n, m in zip(a.shape, b.shape, strict=True))
 
 
 def wide(x: Tensor) -> Tensor:
