@@ -60,6 +60,7 @@ def inpaint(folder: Path) -> Path:
 def upscale(folder: Path) -> Path:
     """`StableDiffusionUpscalePipeline`: v-prediction, a 16 x 16 image beside the latents, its noise level as a class."""
     parts = _sd_parts(in_channels=7, num_class_embeds=50)
+    parts["vae"].register_to_config(scaling_factor=0.08333)  # which the pipeline insists on
     parts["scheduler"] = diffusers.DDIMScheduler(
         **_BETAS, steps_offset=1, clip_sample=False, prediction_type="v_prediction"
     )
@@ -145,7 +146,7 @@ def dit(folder: Path) -> Path:
         )
     )
     scheduler = diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=True, steps_offset=0)
-    return _saved(diffusers.DiTPipeline(net, _vae(), scheduler, id2label={0: "tench", 207: "golden retriever"}), folder)
+    return _saved(diffusers.DiTPipeline(net, _vae(), scheduler), folder)
 
 
 def sd3(folder: Path) -> Path:

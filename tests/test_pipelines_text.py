@@ -1,0 +1,165 @@
+"""Every kind of sampler in pipelines that go from a text or a class to latents, against `sample` on the same epsilon-model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+from pipeline_reference import (
+    NEGATIVE,
+    PROMPT,
+    SAMPLERS,
+    SCALE,
+    SEED,
+    STEPS,
+    Network,
+    check,
+    controlled,
+    difference,
+    epsilon_model,
+    flux,
+    generator,
+    guided,
+    load,
+    noise_from,
+    normal,
+    run_both,
+    sd3,
+    shifted,
+    sized,
+    text_guided,
+    through,
+    under,
+    video,
+)
+
+from samplers import sample, schedules
+
+IMAGE = torch.rand(1, 3, 16, 16, generator=generator(1)).double()
+TEXT = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": SCALE}
+SHORT = {"max_sequence_length": 16}
+FRAMES = 3
+
+
+class Case(NamedTuple):
+    """A pipeline that starts from latents.
+
+    Attributes:
+        folder: builds it.
+        kind: its class.
+        call: what a user passes beside the steps and the latents.
+        network: what it calls at every step, written once more.
+        latents: the shape of its latents.
+        where: for a sampler, the nodes in `sample`'s words; None is the sampler's own grid.
+    """
+
+    folder: Callable[[Path], Path]
+    kind: type[diffusers.DiffusionPipeline]
+    call: dict[str, Any]
+    network: Callable[[Any], Network]
+    latents: tuple[int, ...] = (1, 4, 8, 8)
+    where: Callable[[str], dict[str, Any]] | None = None
+
+
+def _flux_nodes(sampler: str) -> dict[str, Any]:
+    """FluxPipeline asks for 1, ..., 1 / N itself, shifted by exp(mu) where mu grows with the number of tokens."""
+    mu = 0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256)
+    t = np.linspace(1, 1 / STEPS, STEPS)
+    return through([*(math.exp(mu) / (math.exp(mu) + 1 / t - 1)), 0.0], schedules.flow())
+
+
+CASES = {
+    "stable-diffusion": Case(tiny_pipelines.stable_diffusion, diffusers.StableDiffusionPipeline, TEXT, text_guided),
+    "controlnet": Case(
+        tiny_pipelines.controlnet,
+        diffusers.StableDiffusionControlNetPipeline,
+        {**TEXT, "image": IMAGE},
+        lambda pipe: controlled(pipe, IMAGE),
+    ),
+    "sdxl": Case(
+        tiny_pipelines.stable_diffusion_xl,
+        diffusers.StableDiffusionXLPipeline,
+        {**TEXT, "original_size": (32, 24), "crops_coords_top_left": (2, 4)},
+        lambda pipe: sized(pipe, torch.tensor([[32.0, 24, 2, 4, 16, 16]])),
+    ),
+    "animatediff": Case(
+        tiny_pipelines.animatediff,
+        diffusers.AnimateDiffPipeline,
+        {**TEXT, "num_frames": FRAMES, "height": 16, "width": 16},
+        lambda pipe: video(pipe, FRAMES),
+        (1, 4, FRAMES, 8, 8),
+    ),
+    "sd3": Case(
+        tiny_pipelines.sd3,
+        diffusers.StableDiffusion3Pipeline,
+        {**TEXT, **SHORT, "height": 16, "width": 16},
+        lambda pipe: sd3(pipe, **SHORT),
+        where=lambda sampler: shifted(sampler, 3.0),
+    ),
+    "flux": Case(
+        tiny_pipelines.flux,
+        diffusers.FluxPipeline,
+        {"prompt": PROMPT, "guidance_scale": 3.5, **SHORT, "height": 16, "width": 16},
+        lambda pipe: flux(pipe, 4, 3.5, **SHORT),
+        (1, 16, 16),
+        _flux_nodes,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def loaded(request, tiny_folder):
+    case = CASES[request.param]
+    pipe = load(tiny_folder(case.folder), case.kind)
+    return pipe, case, case.network(pipe)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@torch.no_grad()
+def test_a_pipeline_gives_what_sample_gives(loaded, sampler):
+    pipe, case, network = loaded
+    where = None if case.where is None else case.where(sampler)
+    found = run_both(pipe, case.call, network, normal(*case.latents), sampler, where)
+    check(case.kind.__name__, sampler, found)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@torch.no_grad()
+def test_a_class_conditional_transformer(tiny_folder, sampler):
+    """DiT decodes what it samples, scales no start noise, gives the scheduler no generator, and guides in doubled batches."""
+    pipe = load(tiny_folder(tiny_pipelines.dit), diffusers.DiTPipeline)
+    labels, none = torch.tensor([0, 207]), torch.tensor([1000, 1000])
+    call = {"class_labels": labels.tolist(), "guidance_scale": SCALE}
+    found = under(pipe, sampler, {**call, "output_type": "pt"})
+
+    def told(classes: torch.Tensor) -> Network:
+        return lambda x, t: pipe.transformer(x, t, classes).sample[:, :4]  # the rest is the learned variance
+
+    model = epsilon_model(pipe.transformer, pipe.scheduler, guided(told(labels), told(none)))
+    doubled = noise_from(generator())
+    latents = sample(
+        model,
+        sampler,
+        x_T=normal(2, 4, 8, 8, seed=SEED),
+        noise_source=lambda k, like: doubled(k, torch.cat([like, like]))[:2],
+        steps=STEPS,
+    )
+    pixels = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    expected = (pixels / 2 + 0.5).clamp(0, 1)
+    assert ((expected > 0) & (expected < 1)).double().mean() > 0.5
+    check("DiTPipeline", sampler, difference(found, expected))
+
+
+@torch.no_grad()
+def test_a_network_that_is_a_little_different_would_be_seen(loaded):
+    pipe, case, network = loaded
+    where = None if case.where is None else case.where("unipc-3")
+    wrong = run_both(pipe, case.call, lambda x, t: 1.001 * network(x, t), normal(*case.latents), "unipc-3", where)
+    assert wrong > 1e-5
