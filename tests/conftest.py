@@ -156,14 +156,16 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def measured(record_property):
-    """`measured(pipeline, sampler, difference)`: the difference, which is also kept in a JUnit report."""
+@pytest.fixture(scope="module")
+def tiny_pipeline(tiny_folder):
+    """`tiny_pipeline(builder, kind)`: that folder loaded as a pipeline of the kind in float64, once for each file of tests."""
+    from pipeline_reference import load
 
-    def keep(kind, sampler, difference):
-        record_property("pipeline", kind.__name__)
-        record_property("sampler", sampler)
-        record_property("difference", difference)
-        return difference
+    made = {}
 
-    return keep
+    def pipeline(builder, kind):
+        if (builder, kind) not in made:
+            made[builder, kind] = load(tiny_folder(builder), kind)
+        return made[builder, kind]
+
+    return pipeline

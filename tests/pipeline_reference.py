@@ -173,10 +173,27 @@ def shifted(sampler: str, shift: float) -> dict[str, Any]:
     return through([*(shift * time / (1 + (shift - 1) * time) for time in t), end], schedule)
 
 
-def under(pipe: Any, sampler: str, call: dict[str, Any], **options: Any) -> Tensor:
-    """What a user gets from the pipeline under a PlanScheduler; it has its own scheduler again afterwards."""
+def under(pipe: Any, sampler: str, call: dict[str, Any], states: list[Tensor] | None = None, **options: Any) -> Tensor:
+    """What a user gets from the pipeline under a PlanScheduler; it has its own scheduler again afterwards.
+
+    Args:
+        pipe: the pipeline.
+        sampler: a registered name.
+        call: what a user passes beside the steps and the generator.
+        states: takes what every step of the scheduler returns, where the pipeline shows its pixels alone.
+        options: of `PlanScheduler.from_config`.
+    """
     saved = pipe.scheduler
     pipe.scheduler = PlanScheduler.from_config(saved.config, sampler=sampler, **options)
+    if states is not None:
+        step = pipe.scheduler.step
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            states.append(result.prev_sample)
+            return result
+
+        pipe.scheduler.step = watched
     torch.manual_seed(SEED)  # some pipelines give no generator to the scheduler, which then takes torch's own
     try:
         usual = {"num_inference_steps": STEPS, "output_type": "latent", "generator": generator()}

@@ -27,7 +27,6 @@ from pipeline_reference import (
     flux,
     generator,
     guided,
-    load,
     noise_from,
     normal,
     run_both,
@@ -115,9 +114,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def loaded(request, tiny_folder):
+def loaded(request, tiny_pipeline):
     case = CASES[request.param]
-    pipe = load(tiny_folder(case.folder), case.kind)
+    pipe = tiny_pipeline(case.folder, case.kind)
     return pipe, case, case.network(pipe)
 
 
@@ -132,9 +131,9 @@ def test_a_pipeline_gives_what_sample_gives(loaded, sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @torch.no_grad()
-def test_a_class_conditional_transformer(tiny_folder, sampler):
+def test_a_class_conditional_transformer(tiny_pipeline, sampler):
     """DiT decodes what it samples, scales no start noise, gives the scheduler no generator, and guides in doubled batches."""
-    pipe = load(tiny_folder(tiny_pipelines.dit), diffusers.DiTPipeline)
+    pipe = tiny_pipeline(tiny_pipelines.dit, diffusers.DiTPipeline)
     labels, none = torch.tensor([0, 207]), torch.tensor([1000, 1000])
     call = {"class_labels": labels.tolist(), "guidance_scale": SCALE}
     found = under(pipe, sampler, {**call, "output_type": "pt"})
