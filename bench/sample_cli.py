@@ -206,9 +206,11 @@ def _write(samples: Sequence[Tensor], out: Path, images: bool) -> None:
     if not images and not out.suffix:
         raise ValueError(f"--out {out}: samples of shape {tuple(every.shape[1:])} are no images; give a .png or a .npz")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz" and images:
+        np.savez_compressed(out, images=quantise(every).permute(0, 2, 3, 1).numpy())
+        return
     if out.suffix == ".npz":
-        levels = quantise(every).permute(0, 2, 3, 1).numpy() if images else every.numpy()
-        np.savez_compressed(out, **{"images" if images else "samples": levels})
+        np.savez_compressed(out, samples=every.numpy())
         return
     out.mkdir(exist_ok=True)
     for i, image in enumerate(quantise(every).permute(0, 2, 3, 1).numpy()):

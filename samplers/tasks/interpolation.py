@@ -91,7 +91,7 @@ def interpolate_images(
         ValueError, TypeError: as `interpolate` and `invert`.
     """
     job = way_back(model, sampler, how)
-    return _film(model, *(up(model, image, job).x for image in (start, end)), job, frames, way)
+    return _film(model, up(model, start, job).x, up(model, end, job).x, job, frames, way)
 
 
 def _film(model: EpsModel, start: Tensor, end: Tensor, job: Job, frames: int, way: str) -> Tensor:

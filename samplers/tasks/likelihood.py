@@ -154,8 +154,15 @@ def log_likelihood(
     x_T, traces = (end[:, :dimension] * norm_T).view(x.shape), end[:, dimension:].double()
     at_noise = _normal(x_T, float(grid.sigma[0])) if prior is None else prior(x_T).double()
     each = at_noise[:, None] + traces + dimension * math.log(norm_T / norm)
-    error = each.std(1) / math.sqrt(probes) if not flow.exact and probes > 1 else each.new_full((len(x),), math.nan)
-    return Likelihood(each.mean(1), torch.zeros_like(error) if flow.exact else error, x_T, network.calls)
+    return Likelihood(each.mean(1), _error(each, flow.exact), x_T, network.calls)
+
+
+def _error(each: Tensor, exact: bool) -> Tensor:
+    """Standard error (B,) of the mean of estimates (B, probes)."""
+    if exact:
+        return torch.zeros_like(each[:, 0])
+    count = each.shape[1]
+    return each.std(1) / math.sqrt(count) if count > 1 else torch.full_like(each[:, 0], math.nan)
 
 
 class _Flow:
@@ -165,17 +172,17 @@ class _Flow:
         self.slope, self.directions, self.exact, self.shape = slope, directions, exact, shape
         self.dimension = math.prod(shape[1:])
 
-    def __call__(self, theta: Tensor | float, state: Tensor) -> Tensor:
+    def __call__(self, theta: Tensor, y: Tensor) -> Tensor:
         with torch.enable_grad():
-            y = torch.clone(state[:, : self.dimension].detach()).requires_grad_()
-            dy = self.slope(theta, y.view(self.shape)).flatten(1)
+            x = torch.clone(y[:, : self.dimension].detach()).requires_grad_()
+            dx = self.slope(theta, x.view(self.shape)).flatten(1)
             traces = []
             for k, e in enumerate(self.directions):
                 kept = k + 1 < len(self.directions)
-                (back,) = torch.autograd.grad(dy, y, e, retain_graph=kept)
+                (back,) = torch.autograd.grad(dx, x, e, retain_graph=kept)
                 traces.append((back * e).sum(1))
         change = torch.stack(traces, 1)
-        return torch.cat([dy.detach(), change.sum(1, keepdim=True) if self.exact else change], 1)
+        return torch.cat([dx.detach(), change.sum(1, keepdim=True) if self.exact else change], 1)
 
     def stopped(self, why: str) -> SamplingError:
         """The error of an integrator that gave up."""
