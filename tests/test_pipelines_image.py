@@ -66,7 +66,7 @@ def test_pixels(tiny_pipeline, sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @torch.no_grad()
 def test_image_to_image(tiny_pipeline, sampler, strength):
-    """The last int(steps * strength) steps are taken, as a plan of their own, from the image with the noise of their first node."""
+    """The last int(steps * strength) steps are taken, as a plan of their own, from the image with their first node's noise."""
     pipe = tiny_pipeline(tiny_pipelines.stable_diffusion, diffusers.StableDiffusionImg2ImgPipeline)
     found = under(pipe, sampler, {**TEXT, "image": IMAGE, "strength": strength})
 
