@@ -242,10 +242,8 @@ def test_a_pipeline_is_saved_with_its_sampler(tiny_folder, tmp_path: Path, sampl
     pipe = load(tiny_folder(tiny_pipelines.stable_diffusion), diffusers.StableDiffusionPipeline)
     pipe.scheduler = PlanScheduler.from_config(pipe.scheduler.config, sampler=sampler)
     pipe.save_pretrained(tmp_path)
-    scheduler = PlanScheduler.from_pretrained(tmp_path, subfolder="scheduler", local_files_only=True)
-    again = diffusers.StableDiffusionPipeline.from_pretrained(
-        tmp_path, scheduler=scheduler, torch_dtype=torch.float64, local_files_only=True
-    )
+    again = load(tmp_path, diffusers.StableDiffusionPipeline)
+    assert isinstance(again.scheduler, PlanScheduler)
     assert again.scheduler.config.sampler == sampler
     call = {**TEXT, "num_inference_steps": STEPS, "output_type": "latent", "return_dict": False}
     first, second = (p(**call, generator=generator())[0] for p in (pipe, again))
