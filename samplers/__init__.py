@@ -6,6 +6,7 @@ from samplers import schedule as schedules
 from samplers.errors import SamplingError
 from samplers.execute import Progress, run_plan
 from samplers.learned import LearnedPlan
+from samplers.meter import metered
 from samplers.model import EpsModel
 from samplers.plan import Plan, PlanError
 from samplers.registry import Sampler, list_samplers
@@ -23,6 +24,7 @@ __all__ = [
     "guidance",
     "list_samplers",
     "make_plan",
+    "metered",
     "run_plan",
     "sample",
     "schedules",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from samplers.execute import Loop, NoiseSource, draw_noise
+from samplers.meter import Metered
 from samplers.model import EpsModel
 from samplers.plan import Plan
 
@@ -42,6 +43,9 @@ def run_compiled(
     """
     if how == "graph" and x_T.device.type != "cuda":
         raise ValueError(f"compile='graph' needs x_T on a CUDA device, got {x_T.device}; use compile='loop'")
+    if isinstance(model, Metered):
+        model.count(plan, x_T, cond)  # a compiled loop does not tell
+        model = model.bare
     signatures = tuple((name, _signature(how, name, value)) for name, value in sorted(cond.items()))
     key = (how, plan, _signature(how, "x_T", x_T), signatures)
     if key not in model.compiled:

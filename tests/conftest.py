@@ -69,23 +69,21 @@ def _network(mixture, schedule, predicts):
 def classes(mixture):
     """`classes(schedule, predicts)`: a model of the mixture's three components as classes, with null class 3 for all of it.
 
-    `classes.seen` has the labels of every call of a network.
+    `classes.each` has the components.
     """
     parts = ("means", "residual", "basis", "variances")
     of_class = [GaussianMixture(torch.ones(1), *(getattr(mixture, part)[[k]] for part in parts)) for k in range(3)]
-    seen = []
 
     def model(schedule, predicts="eps", **options):
         nets = [_network(one, schedule, predicts) for one in (*of_class, mixture)]
 
         def net(x, t, class_labels):
-            seen.append(class_labels.tolist())
             every = torch.stack([one(x, t) for one in nets])
             return every[class_labels, torch.arange(len(x))]
 
         return EpsModel(net, schedule, predicts, **options)
 
-    model.seen = seen
+    model.each = of_class
     return model
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from samplers.grid import Nodes, from_timesteps
 from samplers.guidance.conditions import Cond
 from samplers.guidance.guided import Branching, Interval, Scale
+from samplers.guidance.wrapped import check_model
 from samplers.model import EpsModel, Scalar
+from samplers.plan import Plan
+from samplers.schedule import Schedule
+
+_ROUNDING = 1e-9
 
 
 def classifier_free(
@@ -46,6 +58,66 @@ def classifier_free(
             no condition, or of another shape or device.
     """
     return ClassifierFree(model, scale, null, interval=interval, rescale=rescale, batched=batched)
+
+
+def cfg_plus_plus(
+    model: EpsModel,
+    scale: float,
+    null: Cond,
+    grid: Plan | Nodes,
+    *,
+    batched: bool = True,
+) -> EpsModel:
+    """The model under CFG++ for one grid: data from the guided prediction, and noise added back from the one without condition.
+
+    Chung et al. 2024, arXiv:2406.08070, algorithm 2: `x' = alpha' x0_guided + sigma' eps_null`, where x0_guided follows from
+    `eps_null + scale (eps - eps_null)`. Written out, this is the DDIM step with classifier-free guidance of the scale
+    `scale / (1 - exp(-h))`, where h is the step's length in lam = log(alpha / sigma). So CFG++ is classifier-free guidance
+    whose scale depends on the step: with `ddim` it is the paper's algorithm to rounding, and with any other sampler it is
+    that scale at each of its calls, which takes h from the step of the grid that the call lies in. Shorter steps guide more:
+    a scale is one for a number of steps.
+
+    Args:
+        model, null, batched: as for `classifier_free`.
+        scale: lambda in the paper, in (0, 1]; 0.6 there, for 50 steps.
+        grid: a plan, or times in the schedule's own unit that decrease, end included: what will be sampled on.
+
+    Returns:
+        A model that predicts what `model` predicts, for that grid.
+
+    Raises:
+        ValueError, TypeError: as for `classifier_free`, or a grid that is none.
+    """
+    check_model("model", model)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive number, in (0, 1] as a rule, got {scale!r}")
+    times = grid.times if isinstance(grid, Plan) else from_timesteps(model.schedule, grid).t
+    return classifier_free(model, StepScale.on(model.schedule, times, scale), null, batched=batched)
+
+
+@dataclass(frozen=True)
+class StepScale:
+    """The scale of classifier-free guidance that makes CFG++ of it, a function of sigma_bar that is constant on each step.
+
+    Attributes:
+        levels: sigma_bar where each step begins, decreasing.
+        scales: of each step.
+    """
+
+    levels: tuple[float, ...]
+    scales: tuple[float, ...]
+
+    @classmethod
+    def on(cls, schedule: Schedule, times: Sequence[float] | np.ndarray, scale: float) -> StepScale:
+        """For a grid of times that decrease; `1 - exp(-h)` is one less the ratio of sigma_bar after and before a step."""
+        levels = [float(schedule.sigma_bar(float(t))) for t in times]
+        pairs = pairwise(levels)
+        return cls(tuple(levels[:-1]), tuple(scale / (1.0 - b / a if a < math.inf else 1.0) for a, b in pairs))
+
+    def __call__(self, sigma_bar: float) -> float:
+        """The scale of the last step that has begun there; before the first one, of the first."""
+        begun = [scale for a, scale in zip(self.levels, self.scales, strict=True) if sigma_bar <= a * (1.0 + _ROUNDING)]
+        return begun[-1] if begun else self.scales[0]
 
 
 class ClassifierFree(Branching):

@@ -50,9 +50,13 @@ class Guided(Wrapped):
         inside, scale = self._inside(alpha, sigma), self._scale(x, alpha, sigma)
         neutral = self.neutral is not None and not isinstance(scale, Tensor) and scale == self.neutral
         if inside is False or neutral:
-            return self.model.output(x, times, alpha, sigma, cond)
+            return self.model.output(x, times, alpha, sigma, self.own(cond))
         guided, plain = self.guide(x, times, alpha, sigma, cond, scale)
         return torch.where(inside, guided, plain) if isinstance(inside, Tensor) else guided
+
+    def own(self, cond: Cond) -> Cond:
+        """The conditions that are the model's inside; here all."""
+        return cond
 
     @abstractmethod
     def guide(
@@ -80,7 +84,8 @@ class Guided(Wrapped):
         level = _ratio(sigma, alpha)
         if not isinstance(level, Tensor):
             return scale(level)
-        return torch.tensor([scale(one) for one in level.flatten().tolist()]).to(x).view(column)
+        found = [scale(one) for one in level.flatten().tolist()]
+        return torch.tensor(found, dtype=x.dtype, device=x.device).view(column)
 
 
 class Branching(Guided):
@@ -124,9 +129,9 @@ class Branching(Guided):
         if not self.batched:
             return [self.model.output(x, times, alpha, sigma, one) for one in conds]
         count = len(conds)
-        many = joined(next(reversed(self.nulls)), conds, len(x))
-        levels = (_repeated(level, count) for level in (alpha, sigma))
-        return self.model.output(_repeated(x, count), _repeated(times, count), *levels, many).chunk(count)
+        many = joined(list(self.nulls)[-1], conds, len(x))
+        states, at, alpha, sigma = (_repeated(value, count) for value in (x, times, alpha, sigma))
+        return self.model.output(states, at, alpha, sigma, many).chunk(count)
 
 
 def checked_scale(scale: Scale, name: str = "scale") -> Scale:
