@@ -33,7 +33,10 @@ from bench.command import integers_in, names_in, plain_errors, resumable, wide_c
 @click.option(
     "--student", "students", multiple=True, metavar="LABEL=PATH", help="Folder of a student, or of several; repeatable."
 )
-@click.option("--guidance", type=float, help="Weight for networks that take one, as guided students do.")
+@click.option(
+    "--guidance",
+    help="Of all rows: a mapping as in a suite, '{kind: cfg, scale: 3}'; or the weight for networks that take one.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1.")
 @click.option(
     "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="Of the network."
@@ -60,7 +63,7 @@ def bench(
     metrics: str | None,
     model: str | None,
     students: tuple[str, ...],
-    guidance: float | None,
+    guidance: str | None,
     shard: str,
     dry_run: bool,
     prompts: str | None,
@@ -83,7 +86,7 @@ def bench(
         "num_samples": num_samples,
         "batch_size": batch_size,
         "model": model,
-        "guidance": guidance,
+        "guidance": _guidance(guidance),
         **{"prompts": prompts, "scale": scale, "size": size, "tiles": tiles},
         "judge": _judge(extractor, reference),
     }
@@ -151,6 +154,18 @@ def _judge(extractor: str | None, reference: str | None) -> dict[str, str] | Non
         missing = "--extractor" if extractor is None else "--reference"
         raise ValueError(f"a judge is an extractor and real images: give {missing} too")
     return {"extractor": extractor, "reference": reference}
+
+
+def _guidance(text: str | None) -> Any:
+    import yaml
+
+    try:
+        found = None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = text
+    if isinstance(found, str):
+        raise ValueError(f"--guidance takes a number, or a mapping such as '{{kind: cfg, scale: 3}}', got {text!r}")
+    return found
 
 
 def _shard(text: str) -> tuple[int, int]:

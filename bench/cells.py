@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+from bench.guidance import Guidance, Unguided, guided, null_of, weight_of
 from bench.judging import Metric, get_metric
 from bench.pipelines import is_pipeline
 from bench.store import code_fingerprint, key_of
@@ -17,7 +19,7 @@ from bench.students import check_alike, inputs_of, load_students, training_cost
 from bench.suite import SamplerSpec, Spec, StudentSpec, Suite
 from bench.zoo import BenchModel, judged, load_network
 from distill.student import nearest
-from samplers import Plan, make_plan
+from samplers import EpsModel, Plan, make_plan
 from samplers.registry import get_sampler
 
 Row = dict[str, Any]
@@ -39,6 +41,7 @@ class Cell:
         trained: of a student, whether it was trained for this budget.
         num_samples, seed, metrics: the suite's, the seed being one of its seeds.
         batch_size: the suite's, where the samples depend on it, as those of an error-controlled sampler do; else 0.
+        guidance: what its model is under, as `Guidance`; None for none, or for a weight that is an input.
         solution: what identifies the many-step run that the cell is compared with; "" where it is with none.
     """
 
@@ -54,12 +57,18 @@ class Cell:
     seed: int = 0
     metrics: tuple[str, ...] = ()
     batch_size: int = 0
+    guidance: Guidance | None = None
     solution: str = ""
 
     @property
     def calls(self) -> int:
         """Network calls per sample, as far as they are known beforehand."""
         return self.nfe if self.plan is None else self.plan.nfe
+
+    @property
+    def evaluations(self) -> tuple[int, int] | None:
+        """Of the network for each sample, and those of them under guidance, as the plan claims; None where nobody knows."""
+        return self.guidance.evaluations(self.plan) if self.guidance and self.plan else None
 
     @property
     def stochastic(self) -> bool:
@@ -132,20 +141,24 @@ def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
         spec.label: load_students(spec, model, device) for spec in suite.samplers if isinstance(spec, StudentSpec)
     }
     networks = [model, *own.values(), *(student for found in students.values() for student in found.values())]
-    if suite.guidance is not None and not any(_guided(network) for network in networks):
+    if isinstance(suite.guidance, float) and not any(map(_takes_weight, networks)):
         raise ValueError(f"guidance={suite.guidance:g} is given, but no network of suite {suite.name!r} takes a weight")
     for network in networks:
-        if _guided(network):
-            inputs_of(network, 1, suite.guidance)
+        if _takes_weight(network):
+            inputs_of(network, 1, weight_of(suite.guidance))
+    teacher = SamplerSpec(**suite.teacher.model_dump(exclude={"nfe"}))
+    for spec in (*suite.samplers, teacher):
+        if isinstance(spec, SamplerSpec):
+            _check_guidance(suite, spec, own[spec.model] if spec.model else model)
+    weaker = lru_cache(lambda name: load_network(name, device, model.dtype).model)
     cells = [
         _student_cell(suite, model, spec, nfe, students[spec.label])
         if isinstance(spec, StudentSpec)
-        else _sampler_cell(suite, own[spec.model] if spec.model else model, spec, nfe, "sampler")
+        else _sampler_cell(suite, own[spec.model] if spec.model else model, spec, nfe, "sampler", weaker)
         for nfe in suite.nfe
         for spec in suite.samplers
     ]
-    teacher = SamplerSpec(**suite.teacher.model_dump(exclude={"nfe"}))
-    many_steps = _sampler_cell(suite, model, teacher, suite.teacher.nfe, "teacher")
+    many_steps = _sampler_cell(suite, model, teacher, suite.teacher.nfe, "teacher", weaker)
     _check_metrics(suite, model, many_steps)
     seeded = [[_seeded(cell, suite, seed, many_steps) for seed in suite.seeds] for cell in (*cells, many_steps)]
     if seeded[-1][0].is_solution:
@@ -156,11 +169,15 @@ def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
 def _seeded(cell: Cell, suite: Suite, seed: int, many_steps: Cell) -> Cell:
     """A cell with what the suite says of every cell."""
     batch_size = suite.batch_size if cell.plan is None and not cell.problem else 0
-    seeded = replace(cell, seed=seed, num_samples=suite.num_samples, metrics=suite.metrics, batch_size=batch_size)
+    metrics = suite.metrics
+    if cell.guidance != many_steps.guidance:  # another distribution: what differs is not the solver's error
+        metrics = tuple(name for name in metrics if not get_metric(name).follows_the_path)
+    seeded = replace(cell, seed=seed, num_samples=suite.num_samples, metrics=metrics, batch_size=batch_size)
     if not seeded.follows:
         return seeded
     settings_of = {**_sampler(many_steps.spec, many_steps.model), "nfe": many_steps.nfe}  # type: ignore[arg-type]
     solution = {"model_hash": many_steps.model.hash, "plan_hash": _plan_hash(many_steps), **settings_of}
+    solution |= _guidance(many_steps)
     return replace(seeded, solution=key_of(solution))
 
 
@@ -184,17 +201,45 @@ def _beside(name: str, model: BenchModel, device: str, reading: Mapping[str, Any
     return other
 
 
-def _guided(model: BenchModel) -> bool:
+def _takes_weight(model: BenchModel) -> bool:
     return "guidance" in model.scalars
 
 
-def _sampler_cell(suite: Suite, model: BenchModel, spec: SamplerSpec, nfe: int, role: str) -> Cell:
-    guidance = suite.guidance if _guided(model) else None
+def _wanted(suite: Suite, spec: SamplerSpec) -> float | Guidance | None:
+    return suite.guidance if spec.guidance is None else spec.guidance
+
+
+def _check_guidance(suite: Suite, spec: SamplerSpec, model: BenchModel) -> None:
+    """Raise ValueError for guidance that the model of a row does not allow."""
+    wanted = _wanted(suite, spec)
+    try:
+        if _takes_weight(model):
+            inputs_of(model, 1, weight_of(wanted))
+        elif isinstance(spec.guidance, float):
+            raise ValueError(
+                f"guidance must be a mapping, such as {{kind: cfg, scale: {1 + spec.guidance:g}}}, for a network that takes no "
+                f"weight; got {spec.guidance:g}"
+            )
+        elif isinstance(wanted, Guidance) and wanted.needs_null:
+            null_of(model)
+    except ValueError as error:
+        raise ValueError(f"row {spec.label!r}: {error}") from error
+
+
+def _sampler_cell(
+    suite: Suite, model: BenchModel, spec: SamplerSpec, nfe: int, role: str, weaker: Callable[[str], EpsModel]
+) -> Cell:
+    wanted, weight = _wanted(suite, spec), None
+    if _takes_weight(model):
+        wanted, weight = None, weight_of(wanted)
+    of = wanted if isinstance(wanted, Guidance) and not isinstance(wanted, Unguided) else None
     try:  # the row says why, and the other cells are measured
-        if get_sampler(spec.sampler).adaptive:
-            return Cell(spec, nfe, role, model, None, inputs=inputs_of(model, nfe, guidance))
-        plan = make_plan(spec.sampler, model.model.schedule, nfe=nfe, **settings(spec))
-        return Cell(spec, nfe, role, model, plan, inputs=inputs_of(model, plan.nfe, guidance))
+        adaptive, plan = get_sampler(spec.sampler).adaptive, None
+        if not adaptive:
+            plan = make_plan(spec.sampler, model.model.schedule, nfe=nfe, **settings(spec))
+        inputs = inputs_of(model, nfe if plan is None else plan.nfe, weight)
+        model = model if of is None else guided(model, of, plan, weaker)
+        return Cell(spec, nfe, role, model, plan, inputs=inputs, guidance=of)
     except (ValueError, TypeError) as error:
         return Cell(spec, nfe, role, model, None, str(error))
 
@@ -208,7 +253,8 @@ def _student_cell(
         return Cell(spec, nfe, "sampler", model, None, f"trained for {known} calls", trained=False)
     closest = nearest(students, nfe)
     student, plan = students[closest], students[closest].plans[closest]
-    guidance = spec.guidance if spec.guidance is not None or not _guided(student) else suite.guidance
+    takes = _takes_weight(student)
+    guidance = spec.guidance if spec.guidance is not None or not takes else weight_of(suite.guidance)
     try:
         if not trained:
             plan = make_plan(plan.sampler, student.model.schedule, nfe=nfe, grid="uniform")
@@ -244,11 +290,16 @@ def identity(cell: Cell, device: str) -> Row:
         "torch": torch.__version__,
         "code": code_fingerprint(),
         **({"inputs": dict(cell.inputs)} if cell.inputs else {}),
+        **_guidance(cell),
         **({"further": sorted(metric.name for metric in cell.further)} if cell.further else {}),
         **({"solution": cell.solution} if cell.solution else {}),
         **({"batch_size": cell.batch_size} if cell.batch_size else {}),
     }
     return json.loads(json.dumps(made_by))  # tuples are lists there
+
+
+def _guidance(cell: Cell) -> Row:
+    return {} if cell.guidance is None else {"guidance": cell.guidance.text}
 
 
 def _plan_hash(cell: Cell) -> str:

@@ -39,8 +39,8 @@ def dry_run(run: Run) -> Table:
             outcome = "another shard"
         else:
             if cell.model.hash not in speed:
-                speed[cell.model.hash] = seconds_per_call(cell.model, run.running.batch_size, device)
-            minutes = speed[cell.model.hash] * cell.calls * cell.num_samples / 60.0
+                speed[cell.model.hash] = seconds_per_evaluation(cell.model, run.running.batch_size, device)
+            minutes = speed[cell.model.hash] * _evaluations(cell) * cell.num_samples / 60.0
             total += minutes
             outcome = f"{minutes:.1f}"
         table.add_row(*_columns(cell, made_by), outcome)
@@ -48,23 +48,30 @@ def dry_run(run: Run) -> Table:
     return table
 
 
-def seconds_per_call(model: Network, batch_size: int, device: str) -> float:
-    """Seconds of a network call for each sample of a batch, from a few calls after a first one."""
+def _evaluations(cell: Cell) -> int:
+    """Of the network for a sample, as far as they are known."""
+    return cell.calls if cell.evaluations is None else cell.evaluations[0]
+
+
+def seconds_per_evaluation(model: Network, batch_size: int, device: str) -> float:
+    """Seconds that a network takes for a sample of a batch, from a few calls after a first one."""
     indices = torch.arange(batch_size, device=device)
     x, schedule = torch.zeros(batch_size, *model.shape, device=device), model.model.schedule
     cond = model.cond(indices) | {name: torch.zeros(batch_size, device=device) for name in model.scalars}
     began = 0.0
     with torch.no_grad():
         for call in range(1 + _TIMED):
-            model.model(x, float(schedule.t_max if schedule.alpha(schedule.t_max) > 0 else schedule.t_min), **cond)
+            model.metered(x, float(schedule.t_max if schedule.alpha(schedule.t_max) > 0 else schedule.t_min), **cond)
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             if call == 0:
+                model.metered.reset()
                 began = time.perf_counter()
-    return (time.perf_counter() - began) / _TIMED / batch_size
+    return (time.perf_counter() - began) / model.metered.counts.evaluations
 
 
 def _columns(cell: Cell, made_by: dict[str, object]) -> list[str]:
     known = "" if cell.problem else f"{'<= ' if cell.plan is None else ''}{cell.calls}"
+    known += "" if cell.evaluations is None else f" ({cell.evaluations[0]} evaluations)"
     who = cell.spec.label if cell.role == "sampler" else f"{cell.spec.label} (the model itself)"
     return [who, str(made_by["grid"]), str(cell.nfe), known, str(cell.seed)]

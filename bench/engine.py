@@ -139,7 +139,7 @@ class Run:
         except SamplingError as error:
             return {**made_by, "status": "failed", "reason": str(error)}
         finally:
-            cell.model.model.compiled.clear()  # a loop is compiled for one plan, and no other cell has it
+            cell.model.metered.compiled.clear()  # a loop is compiled for one plan, and no other cell has it
         if not outcome:  # the leading process has it
             return {}
         picture = self.out / "samples" / cell.file_name

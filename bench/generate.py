@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bench.data import decode
 from bench.features import dequantise
+from bench.guidance import NOT_GUIDED
 from bench.network import Network
-from bench.pipelines import NOT_GUIDED
 from bench.students import inputs_of
 from distill.student import filled
 from samplers import EpsModel, Plan, run_plan, tasks

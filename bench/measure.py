@@ -27,6 +27,8 @@ from distill.student import filled
 from samplers import SamplingError, sample
 from samplers.execute import Progress
 from samplers.grid import make_grid
+from samplers.guidance.guided import Guided
+from samplers.meter import Counts
 from samplers.noise import standard_normal
 from samplers.program import START
 from samplers.registry import get_sampler
@@ -158,7 +160,7 @@ def _sample_missing(
         elif not _fits(lambda batch=batch: _sample_batch(cell, running, batch, blocks, advance, solution), cell, batch):  # type: ignore[misc]
             limit = len(batch) // 2
             queue.insert(0, batch)
-            cell.model.model.compiled.clear()  # recorded loops hold memory of their own
+            cell.model.metered.compiled.clear()  # recorded loops hold memory of their own
             if running.device.startswith("cuda"):
                 torch.cuda.empty_cache()
 
@@ -195,40 +197,49 @@ def _sample_batch(
             frames.append(step.x[:few].float().cpu() / math.hypot(schedule.alpha(step.t), schedule.sigma(step.t)))
 
     indices = torch.arange(batch.start, batch.stop, device=running.device)
-    samples, calls, evaluations = _samples(cell, running, indices, report)
+    samples, counts = _samples(cell, running, indices, report)
     sampled, joules = time.perf_counter(), energy_joules(running.device) - energy
     rows = _known(cell, _pixels(cell.model, samples), batch, solution)
     rows["film"] = torch.stack(frames, 1).numpy() if frames else np.empty((0, 0), np.float32)
     totals = {"seconds": sampled - began, "judging_seconds": time.perf_counter() - sampled}
-    totals |= {"calls": calls * len(batch), "evaluations": evaluations}
-    totals |= {"joules": joules}
+    totals |= {"calls": counts.calls * len(batch), "evaluations": counts.evaluations}
+    totals |= {"depth": counts.depth * len(batch), "joules": joules}
     blocks.put(batch, rows, totals)
     advance((cell.calls - reported) * len(batch))
 
 
-def _samples(cell: Cell, running: Running, indices: Tensor, report: Any) -> tuple[Tensor, int, int]:
-    """Samples on the CPU, the network calls they took in turn, and the network's evaluations over the batch.
+def _samples(cell: Cell, running: Running, indices: Tensor, report: Any) -> tuple[Tensor, Counts]:
+    """Samples on the CPU, and what was asked of networks for them.
 
     Raises:
-        RuntimeError: the network was called more or less often than the plan says.
+        RuntimeError: the network was asked more or less often than the plan and the guidance say.
     """
-    model, meter = cell.model, cell.model.meter
+    model = cell.model
     compiled = running.compile if cell.plan is not None else None
-    meter.begin(_first_call(cell, indices) if shares(cell, running) else None)
+    model.metered.reset()
+    model.meter.begin(_first_call(cell, indices) if shares(cell, running) else None)
     callback = None if compiled else report
     if cell.plan is not None:
         how: dict[str, Any] = {"callback": callback, "compile": compiled}
         x = run_network(model, cell.plan, cell.inputs, seed=cell.seed, indices=indices, **how)
     else:
         x = _error_controlled(cell, indices, callback)
-    x = x.cpu()
-    if compiled:  # a loop that is compiled or recorded calls the network where the meter does not see it
-        return x, cell.calls, cell.calls * len(indices)
-    if cell.plan is not None and meter.calls != cell.plan.nfe:
+    _check_counts(cell, model.metered.counts, len(indices))
+    return x.cpu(), model.metered.counts
+
+
+def _check_counts(cell: Cell, counts: Counts, batch: int) -> None:
+    """Raise RuntimeError where a plan, or guidance, claims another number than was counted."""
+    asked = counts.depth if isinstance(cell.model.model, Guided) else counts.calls
+    if cell.plan is not None and asked != cell.plan.nfe:
         raise RuntimeError(
-            f"{cell.spec.label}: the plan says {cell.plan.nfe} network calls, the network counted {meter.calls}"
+            f"{cell.spec.label}: the plan says {cell.plan.nfe} network calls, the network counted {asked}"
         )
-    return x, meter.calls, meter.evaluations
+    if cell.evaluations is not None and counts.evaluations != cell.evaluations[0] * batch:
+        raise RuntimeError(
+            f"{cell.spec.label}: guidance says {cell.evaluations[0]} evaluations of a sample, the network counted "
+            f"{counts.evaluations / batch:g}"
+        )
 
 
 def _pixels(model: Network, samples: Tensor) -> Tensor:
@@ -245,7 +256,7 @@ def _error_controlled(cell: Cell, indices: Tensor, callback: Any) -> Tensor:
     noise = standard_normal(cell.seed, indices, 0, model.shape, device=indices.device)
     cond = model.cond(indices) | filled(cell.inputs, indices)
     given: dict[str, Any] = {"nfe": cell.nfe, "callback": callback, "cond": cond, **settings(spec)}
-    return sample(model.model, spec.sampler, x_T=noise.mul_(float(start.sigma[0])), **given)
+    return sample(model.metered, spec.sampler, x_T=noise.mul_(float(start.sigma[0])), **given)
 
 
 def shares(cell: Cell, running: Running) -> bool:
@@ -258,7 +269,8 @@ def _first_call(cell: Cell, indices: Tensor) -> tuple[Any, ...]:
     """What the first call of a batch depends on, beside the network."""
     assert cell.plan is not None, "a cell without a plan shares nothing"
     call, inputs = cell.plan.calls[0], tuple(sorted(cell.inputs.items()))
-    return cell.seed, int(indices[0]), len(indices), call.t, cell.plan.sigma_T, inputs
+    guidance = "" if cell.guidance is None else cell.guidance.text
+    return cell.seed, int(indices[0]), len(indices), call.t, cell.plan.sigma_T, inputs, guidance
 
 
 def _known(cell: Cell, samples: Tensor, batch: range, solution: Arrays | None) -> dict[str, np.ndarray]:
@@ -292,6 +304,7 @@ def _row(cell: Cell, running: Running, blocks: Blocks, arrays: Arrays) -> Row:
         "status": "done",
         "nfe": math.ceil(blocks.total("calls") / count),
         "evaluations": round(blocks.total("evaluations") / count, 4),
+        **_under_guidance(cell, blocks),
         **_fields(distance),
         **({"metrics": further} if further else {}),
         "label_agreement": _agreement(cell, arrays),
@@ -307,6 +320,14 @@ def _row(cell: Cell, running: Running, blocks: Blocks, arrays: Arrays) -> Row:
         **({"shared_first_call": True} if shares(cell, running) else {}),
         "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _under_guidance(cell: Cell, blocks: Blocks) -> Row:
+    """Columns of a cell under guidance: the calls that wait for each other, and the evaluations at points that are guided."""
+    if cell.guidance is None:
+        return {}
+    depth: Row = {"sequential_calls": math.ceil(blocks.total("depth") / cell.num_samples)}
+    return depth if cell.evaluations is None else {**depth, "guided_evaluations": cell.evaluations[1]}
 
 
 def _figures(metric: Metric, arrays: Arrays, judge: Judge) -> dict[str, Row]:

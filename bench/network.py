@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from distill.checkpoint import Checkpoint, content_hash
 from distill.config import DTYPES
 from samplers import EpsModel, Plan
 from samplers.adapters.latent import LatentSpace
+from samplers.meter import Metered
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Network:
     null_label: int | None = None
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     device: str = "cpu"
+
+    @cached_property
+    def metered(self) -> Metered:
+        """The model, counted with all that wraps the network."""
+        return Metered(self.model)
 
     @property
     def meter(self) -> Meter:

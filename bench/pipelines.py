@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.guidance import null_of
 from bench.meter import Meter
 from bench.network import Network, in_dtype, model_hash
 from bench.prompts import PromptEncoder, has_prompts, prompts_in
@@ -19,7 +20,6 @@ from samplers.adapters.latent import LatentSpace
 HUB = "hf:"
 INDEX = "model_index.json"
 _PATCHED = "FluxTransformer2DModel"  # whose channels are those of patches of 2 x 2
-NOT_GUIDED = ("time_ids", "guidance", "resolution", "aspect_ratio")  # conditions that a prompt does not change
 _LABELLED = "DiTTransformer2DModel"  # whose last label, after the classes, is none
 
 
@@ -156,6 +156,5 @@ def _conditioned(network: Network, how: Reading) -> Network:
         raise ValueError(f"guidance={how.guidance:g} guides towards prompts, of which none are given; give prompts")
     from samplers.guidance.classifier_free import classifier_free
 
-    null = {name: value for name, value in network.null(1).items() if name not in NOT_GUIDED}
-    model = classifier_free(network.model, how.guidance, null)
+    model = classifier_free(network.model, how.guidance, null_of(network))
     return replace(network, model=model, hash=model_hash({}, {"network": network.hash, "guidance": how.guidance}))

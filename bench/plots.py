@@ -31,7 +31,7 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, *paths: Path) -
     """Distance against network calls on logarithmic axes, one line a sampler, with 95 % intervals; seeds are averaged.
 
     Students are dashed lines between large open markers; a cross is a number of calls that one was not trained for. The same
-    rows give the same bytes.
+    rows give the same bytes. A row under guidance stands at the evaluations of its network, which are more than its budget.
 
     Args:
         rows: of a run; failed ones are left out.
@@ -52,7 +52,10 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, *paths: Path) -
         for k, label in enumerate(labels):
             _draw_line(axes, [row for row in done if row["label"] == label and row["role"] == "sampler"], k)
         _draw_levels(axes, done, floor)
-        _finish(axes, done, sorted({row["budget"] for row in rows if row["role"] == "sampler"}), title)
+        mine = [row for row in rows if row["role"] == "sampler"]
+        _finish(
+            axes, done, sorted({row["budget"] for row in mine} | {_asked(row) for row in mine if _guided(row)}), title
+        )
         figure.tight_layout()
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +75,9 @@ def line_style(k: int) -> dict[str, Any]:
 
 
 def _draw_line(axes: Any, rows: Sequence[Row], k: int) -> None:
-    mine = sorted(rows, key=lambda row: row["nfe"])
+    mine = sorted(rows, key=_asked)
     ends = [interval(row) for row in mine]
-    x, y = ([row[name] for row in mine] for name in ("nfe", "value"))
+    x, y = [_asked(row) for row in mine], [row["value"] for row in mine]
     reach = [
         [value - low for value, (low, _) in zip(y, ends, strict=True)],
         [high - value for value, (_, high) in zip(y, ends, strict=True)],
@@ -89,6 +92,15 @@ def _draw_line(axes: Any, rows: Sequence[Row], k: int) -> None:
         axes.plot(*zip(*untrained, strict=True), "x", color="black", markersize=6, markeredgewidth=1.2, zorder=5)
 
 
+def _guided(row: Row) -> bool:
+    return bool(row.get("guidance")) and row["status"] == "done"
+
+
+def _asked(row: Row) -> float:
+    """How often the network was evaluated for a sample; beside a call in turn, guidance may make a second one."""
+    return row["evaluations"] if _guided(row) else row["nfe"]
+
+
 def _draw_levels(axes: Any, done: Sequence[Row], floor: float) -> None:
     for row in done:
         if row["role"] == "teacher":
@@ -98,18 +110,18 @@ def _draw_levels(axes: Any, done: Sequence[Row], floor: float) -> None:
         axes.axhline(floor, color="0.6", linestyle=":", linewidth=1.2, label="real test set")
 
 
-def _finish(axes: Any, done: Sequence[Row], ticks: Sequence[int], title: str) -> None:
+def _finish(axes: Any, done: Sequence[Row], ticks: Sequence[float], title: str) -> None:
     """Axes, ticks at the budgets, grid and legend."""
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="network calls per sample (NFE)",
+        xlabel=f"network {'evaluations' if any(map(_guided, done)) else 'calls'} per sample (NFE)",
         ylabel=done[0]["metric"] if done else "",
         title=title,
     )
-    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.set_xticks(ticks, [f"{n:g}" for n in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(True, which="major", color="0.9", linewidth=0.6)

@@ -20,7 +20,16 @@ COSTS = (
     *("seconds", "judging_seconds", "images_per_second", "peak_memory_mb", "energy_joules"),
     *("evaluations", "guided_evaluations", "sequential_calls"),
 )
-_EQUAL = ("model_hash", "metric", "num_samples", "dtype", "plan_hash", "hashes", "inputs")  # or a mean means nothing
+_EQUAL = (
+    "model_hash",
+    "metric",
+    "num_samples",
+    "dtype",
+    "plan_hash",
+    "hashes",
+    "inputs",
+    "guidance",
+)  # or a mean means nothing
 _QUALITIES = frozenset({"precision", "recall", "density", "coverage"})  # what the one metric "manifold" gives
 _NODES = 4096  # of the quadrature
 
@@ -161,13 +170,22 @@ def best_of(rows: Sequence[Row]) -> dict[int, Best]:
 def beyond_model(rows: Sequence[Row]) -> set[tuple[str, int]]:
     """Label and budget of the rows that are better than the many-step run of the same model.
 
-    A student has none of its own, and is compared with the only one that there is.
+    A student has none of its own, and is compared with the only one that there is. Under guidance a model is another one.
     """
-    own = {row.get("model_hash"): cost_of(row) for row in rows if row["role"] == "teacher" and row["status"] == "done"}
-    only = next(iter(own.values())) if len(own) == 1 else -math.inf
+    many = [row for row in rows if row["role"] == "teacher" and row["status"] == "done"]
+    own = {(row.get("model_hash"), row.get("guidance")): cost_of(row) for row in many}
+    only = {row.get("guidance"): cost_of(row) for row in many} if len(own) == 1 else {}
     return {
-        (row["label"], row["budget"]) for row in measured(rows) if cost_of(row) < own.get(row.get("model_hash"), only)
+        (row["label"], row["budget"])
+        for row in measured(rows)
+        if cost_of(row) < own.get((row.get("model_hash"), row.get("guidance")), _of_another(row, many, only))
     }
+
+
+def _of_another(row: Row, many: Sequence[Row], only: Mapping[Any, float]) -> float:
+    """The many-step run of another model that a row is compared with, where it is the only one; of its own model, none."""
+    same = any(other.get("model_hash") == row.get("model_hash") for other in many)
+    return -math.inf if same else only.get(row.get("guidance"), -math.inf)
 
 
 def chances_of_first(values: Sequence[float], errors: Sequence[float]) -> list[float]:

@@ -138,13 +138,13 @@ def _show_choice(choice: Any, rows: Sequence[Any], budget: int) -> None:
     for other, chance in zip(choice.candidates, choice.chances, strict=True):
         mark = "=" if other in choice.tied else ""
         style = "bold green" if other is row else "green" if mark else ""
-        cells = [other["label"], str(other["nfe"]), mark + value_text(other), _percent(chance)]
+        cells = [other["label"], _calls(other), mark + value_text(other), _percent(chance)]
         table.add_row(*map(escape, cells), style=style)
     console = wide_console()
     console.print(table)
     beyond = beyond_model(of_metric(aggregated(rows), name))
     lines = [
-        f"use: {row['label']} with {row['nfe']} calls, {name} {value_text(row)} of {row['num_samples']} samples",
+        f"use: {row['label']} with {_calls(row)} calls, {name} {value_text(row)} of {row['num_samples']} samples",
         f"how sure: {_percent(choice.chances[0])} that it is really the best, by independent normal errors",
     ]
     if choice.tied:
@@ -160,6 +160,11 @@ def _show_choice(choice: Any, rows: Sequence[Any], budget: int) -> None:
     lines.append(f"in Python: {_call(row)}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _calls(row: Any) -> str:
+    """Calls of a row, and of one under guidance the evaluations that these are."""
+    return f"{row['nfe']} ({row['evaluations']:g} evaluations)" if row.get("guidance") else str(row["nfe"])
 
 
 def _percent(chance: float) -> str:
@@ -178,7 +183,8 @@ def _call(row: Any) -> str:
     if row["sampler"] == STUDENT:
         return f"distill.load_student({row['model']!r}).sample({row['nfe']}, ...)"
     given = ", ".join(f"{name}={value!r}" for name, value in _arguments(row).items())
-    return f"samplers.sample(model, {row['sampler']!r}, {given})"
+    under = f" with the model under guidance {row['guidance']}" if row.get("guidance") else ""
+    return f"samplers.sample(model, {row['sampler']!r}, {given}){under}"
 
 
 def _plan(row: Any, model: str) -> tuple[Any, str]:

@@ -17,7 +17,19 @@ _NEEDED = ("role", "label", "budget", "status", "metric")
 # an all-digit hash is no number
 _TEXT = frozenset(
     (
-        *("role", "label", "model", "model_hash", "sampler", "grid", "final", "plan_hash", "tuned", "train_phases"),
+        *(
+            "role",
+            "label",
+            "model",
+            "model_hash",
+            "sampler",
+            "grid",
+            "final",
+            "plan_hash",
+            "tuned",
+            "train_phases",
+            "guidance",
+        ),
         *("metric", "dtype", "device", "torch", "code", "status", "reason", "measured_at"),
     )
 )

@@ -122,7 +122,7 @@ def run_network(
         "compile": compile,
         "cond": model.cond(indices) | filled(inputs, indices),
     }
-    return run_plan(plan, model.model, x_T, seed=seed, indices=indices, **how)
+    return run_plan(plan, model.metered, x_T, seed=seed, indices=indices, **how)
 
 
 def training_cost(info: Mapping[str, Any]) -> dict[str, Any]:

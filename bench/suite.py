@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from bench.guidance import GuidanceSpec
 from bench.judge import JudgeSpec
 from distill.documents import Strict, read_yaml, validated
 from samplers.errors import unknown
@@ -27,6 +28,7 @@ class SamplerSpec(Strict):
         tuned: what the sampler was tuned on, where that is what judges it here; the table marks such a row.
         grid, final, afs: as in `make_plan`; None is the sampler's recommended grid and the grid's own end.
         options: the sampler's own.
+        guidance: of this row; None is the suite's.
     """
 
     sampler: str
@@ -37,6 +39,7 @@ class SamplerSpec(Strict):
     final: str | None = None
     afs: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
+    guidance: GuidanceSpec | None = None
 
     @field_validator("sampler")
     @classmethod
@@ -121,7 +124,8 @@ class Suite(Strict):
         batch_size: per network call; does not change the samples.
         seeds: of all noise, a cell for each; every cell of a seed starts from the same.
         metrics: beside the Frechet distance, by the names of `bench.judging.METRICS`.
-        guidance: weight for the networks that take one, as guided students do; None is 0, or the nearest.
+        guidance: of every row, see `bench.guidance`; a number is the weight for the networks that take one, as guided students
+            do, and nothing to others. None is none, and of those networks the weight 0, or the nearest.
         teacher: the many-step run.
         judge: for a model of images, a folder of a feature extractor and statistics (see `judge.folder_judge`), or an
             extractor and real images; None is the shipped one for digits.
@@ -140,7 +144,7 @@ class Suite(Strict):
     batch_size: int = Field(default=250, ge=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     metrics: tuple[str, ...] = ()
-    guidance: float | None = None
+    guidance: GuidanceSpec | None = None
     prompts: str | tuple[str, ...] = ()
     scale: float | None = None
     size: int | None = Field(default=None, ge=1)

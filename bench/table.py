@@ -30,9 +30,9 @@ Row = dict[str, Any]
 _WHOLE = ("nfe", "train_images", "evaluations", "guided_evaluations", "sequential_calls")
 _COSTS = {
     "nfe": "calls",
+    "sequential_calls": "sequential depth",
     "evaluations": "evaluations",
-    "guided_evaluations": "guided evaluations",
-    "sequential_calls": "sequential calls",
+    "guided_evaluations": "evaluations under guidance",
     "images_per_second": "images/s",
     DERIVED: "ms/image",
     "peak_memory_mb": "peak memory (MB)",
@@ -127,7 +127,7 @@ def markdown(rows: Sequence[Row], floor: float, title: str, note: str = "") -> s
     for name in metrics_of(rows)[1:]:
         shown = layout(rows, name)
         lines += [f"## {name}", "", *_distances(shown), "", *(f"- {line}" for line in _metric_notes(shown)), ""]
-    return "\n".join([*lines, *_costs(rows), *_training(rows)])
+    return "\n".join([*lines, *_agreements(rows), *_costs(rows), *_training(rows)])
 
 
 def _distances(shown: Layout) -> list[str]:
@@ -150,6 +150,22 @@ def terminal(rows: Sequence[Row], floor: float, title: str, note: str = "") -> T
         texts = shown.texts(label, lambda text: f"[bold green]*{text}[/]", lambda text: f"[green]={text}[/]")
         table.add_row(shown.name(label), *texts)
     return table
+
+
+def _agreements(rows: Sequence[Row]) -> list[str]:
+    """Lines of a table of how often samples show the label they were asked for, where guidance is there to raise that."""
+    mine = [row for row in aggregated(rows) if row["status"] == "done" and row.get("label_agreement") is not None]
+    if not any(row.get("guidance") for row in mine):
+        return []
+    shown, found = layout(rows), {(row["role"], row["label"], row["budget"]): row["label_agreement"] for row in mine}
+    lines = ["## Label agreement", "", _md(["sampler", *(f"NFE {n}" for n in shown.budgets)])]
+    lines.append(_md(["---", *("---:" for _ in shown.budgets)]))
+    for label in shown.labels:
+        shares = (found.get(("sampler", label, n)) for n in shown.budgets)
+        lines.append(_md([shown.name(label), *("" if share is None else f"{100 * share:.1f} %" for share in shares)]))
+    own = [f"{100 * row['label_agreement']:.1f} %" for row in mine if row["role"] == "teacher"]
+    model = f" The model itself: {own[0]}." if own else ""
+    return [*lines, "", f"- Samples that the classifier gives the label they were asked for.{model}", ""]
 
 
 def _costs(rows: Sequence[Row]) -> list[str]:
@@ -250,12 +266,20 @@ def _beyond(shown: Layout) -> list[str]:
 
 
 def _guidance(rows: Sequence[Row]) -> list[str]:
-    weights = {row["label"]: row["inputs"]["guidance"] for row in measured(rows) if "guidance" in row.get("inputs", {})}
-    return (
-        [f"Guidance weight: {', '.join(f'{label} {weight:g}' for label, weight in weights.items())}."]
-        if weights
-        else []
-    )
+    done, lines = measured(rows), list[str]()
+    weights = {row["label"]: row["inputs"]["guidance"] for row in done if "guidance" in row.get("inputs", {})}
+    if weights:
+        lines.append(f"Guidance weight: {', '.join(f'{label} {weight:g}' for label, weight in weights.items())}.")
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for row in sorted((row for row in done if row.get("guidance")), key=lambda row: row["budget"]):
+        kinds.setdefault(row["label"], {}).setdefault(row["guidance"], []).append(f"{row['evaluations']:g}")
+    if kinds:
+        told = "; ".join(f"{label} {kind} {', '.join(n)}" for label, of in kinds.items() for kind, n in of.items())
+        lines.append(
+            "Under guidance the NFE of a column counts the points at which the sampler asks, one after the other; the network is "
+            f"evaluated more often. Evaluations of a sample at the budgets: {told}."
+        )
+    return lines
 
 
 def _unmeasured(rows: Sequence[Row]) -> list[str]:

@@ -88,9 +88,9 @@ def test_costs_have_the_columns_that_rows_have() -> None:
     assert "| a | 4 | 4 | 50 | 20 | 300 |" in plain
     more = {"evaluations": 8, "guided_evaluations": 8, "sequential_calls": 2, "energy_joules": 12345.0}
     rich = markdown([row("a", 4, 1.0, **more), row("b", 4, 2.0)], 0.0, "t")
-    assert "| evaluations | guided evaluations | sequential calls |" in rich
+    assert "| sequential depth | evaluations | evaluations under guidance |" in rich
     assert "| energy (J) |" in rich
-    assert "| a | 4 | 4 | 8 | 8 | 2 | 50 | 20 | 300 | 12345 |" in rich
+    assert "| a | 4 | 4 | 2 | 8 | 8 | 50 | 20 | 300 | 12345 |" in rich
     table = frame([row("a", 4, 1.0, **more), row("b", 4, 2.0)])
     assert table["ms_per_image"].tolist() == [20.0, 20.0]
     assert table["sequential_calls"].dtype == "Int64"
