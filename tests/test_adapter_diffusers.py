@@ -38,7 +38,9 @@ def test_x0_and_epsilon_are_those_of_the_scheduler(unet: nn.Module, kind: str, p
     noise = (1 - scheduler.alphas_cumprod[step]).sqrt()
     x0 = {"epsilon": (X - noise * out) / signal, "sample": out, "v_prediction": signal * X - noise * out}[prediction]
     assert torch.allclose(model.x0(X, step), x0, atol=2e-4)
-    sigma = float(model.schedule.sigma(step))  # the scheduler's own, of a table in float32, has three digits at such a step
+    sigma = float(
+        model.schedule.sigma(step)
+    )  # the scheduler's own, of a table in float32, has three digits at such a step
     assert sigma == pytest.approx(float(noise), rel=2e-3)
     assert torch.allclose(signal * model.x0(X, step) + sigma * model.eps(X, step), X, atol=1e-5)
 
