@@ -170,3 +170,20 @@ def test_edm_is_scaled_for_the_network() -> None:
     assert ours.step_index == 0
     plain = PlanScheduler.from_config(BETAS, sampler="ddim")
     assert plain.scale_model_input(x, 999) is x
+
+
+def test_sigmas_out_of_range_are_named_as_sigmas() -> None:
+    scheduler = PlanScheduler(sampler="ddim")
+    with pytest.raises(
+        ValueError, match=r"sigmas must lie in \[0\.0100005, 157\.407\], but for the last, got \[200\.0"
+    ):
+        scheduler.set_timesteps(sigmas=[200.0, 10.0, 0.0])
+    scheduler.set_timesteps(sigmas=[100.0, 10.0, 0.0])
+    assert torch.allclose(scheduler.sigmas, torch.tensor([100.0, 10.0, 0.0]))
+
+
+def test_a_begin_that_counts_calls_as_steps_says_what_to_use() -> None:
+    scheduler = PlanScheduler(sampler="heun")
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="begin_index must be 0 to 7, got 8; a pipeline that counts calls as steps"):
+        scheduler.set_begin_index(8)

@@ -115,7 +115,11 @@ def grid_through(training: Training, config: Mapping[str, Any], sigmas: Nodes, m
     vector(values, "sigmas")
     if not (values[:-1] > 0).all() or values[-1] < 0:
         raise ValueError(f"sigmas must be positive (only the last may be 0), got {values.tolist()}")
-    t = training.schedule.t_of_lam(-np.log(values[values > 0]))
+    schedule = training.schedule
+    low, high = (float(schedule.sigma_bar(t)) for t in (schedule.t_min, schedule.t_max))
+    if values[-2] < low * (1 - 1e-6) or values[0] > high * (1 + 1e-6):
+        raise ValueError(f"sigmas must lie in [{low:g}, {high:g}], but for the last, got {values.tolist()}")
+    t = schedule.t_of_lam(-np.log(values[values > 0]))
     return _inside(training, t if values[-1] > 0 else np.append(t, training.schedule.t_zero), "sigmas")
 
 

@@ -104,7 +104,9 @@ class Timeline:
         """
         calls, name = self.plan.calls, self.planner.entry.name
         if not 0 <= index < len(calls):
-            raise ValueError(f"begin_index must be 0 to {len(calls) - 1}, got {index}")
+            many = len(self.begins) < len(calls)
+            why = "; a pipeline that counts calls as steps needs a sampler of one call a step" if many else ""
+            raise ValueError(f"begin_index must be 0 to {len(calls) - 1}, got {index}{why}")
         first = index
         if index not in self.begins and index + 1 in self.begins and calls[index].t == calls[index + 1].t:
             first = index + 1  # the last call of a step, at the node where the next one begins: it is passed over
