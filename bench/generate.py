@@ -18,8 +18,9 @@ from bench.guidance import NOT_GUIDED
 from bench.network import Network
 from bench.students import inputs_of
 from distill.student import filled
-from samplers import EpsModel, Plan, run_plan, tasks
+from samplers import EpsModel, Plan, metered, run_plan, tasks
 from samplers.execute import Callback, Progress
+from samplers.meter import Counts
 from samplers.noise import standard_normal
 from samplers.tasks import Result
 from samplers.tasks.job import prepare
@@ -90,8 +91,8 @@ class Request:
         return int(given or (max(self.network.plans) if self.own_plan else DEFAULT_NFE))
 
 
-def generate(request: Request, indices: Tensor, callback: Callback | None = None) -> Result:
-    """The samples of some indices, in the model's own space.
+def generate(request: Request, indices: Tensor, callback: Callback | None = None) -> tuple[Result, Counts]:
+    """The samples of some indices, in the model's own space, and what the networks were asked for them.
 
     Args:
         request: what is wanted, checked.
@@ -103,23 +104,23 @@ def generate(request: Request, indices: Tensor, callback: Callback | None = None
         SamplingError: NaN or Inf from the network, or a tolerance that the budget does not reach.
     """
     network, like = request.network, torch.zeros(len(indices), *request.network.shape, device=indices.device)
-    model, cond = _guided(request, indices)
+    bare, cond = _guided(request, indices)
+    model = metered(bare)
     how: dict[str, Any] = {"seed": request.seed, "indices": indices, "cond": cond, "callback": callback}
     if request.own_plan:
         plan = _own_plan(request)
         x_T = standard_normal(request.seed, indices, 0, network.shape, device=indices.device) * plan.sigma_T
-        return Result(run_plan(plan, model, x_T, **how), plan.times, plan.nfe, plan)
+        return Result(run_plan(plan, model, x_T, **how), plan.times, plan.nfe, plan), model.counts
     how |= dict(request.where) | dict(request.options)
     sampler = request.sampler or DEFAULT_SAMPLER
     if request.image is None:
         job = prepare(model, sampler, **how)
-        return job.run(model, job.noise(like) * float(job.grid.sigma[0]))
+        return job.run(model, job.noise(like) * float(job.grid.sigma[0])), model.counts
     start = network.encode(request.image[None].to(indices.device)).to(like).expand_as(like)
     if request.mask is None:
-        return tasks.img2img(model, start, sampler, **{"strength": 1.0, **request.task}, **how)
-    return tasks.inpaint(
-        model, start, _in_space(request.mask, network).to(indices.device), sampler, **request.task, **how
-    )
+        return tasks.img2img(model, start, sampler, **{"strength": 1.0, **request.task}, **how), model.counts
+    mask = _in_space(request.mask, network).to(indices.device)
+    return tasks.inpaint(model, start, mask, sampler, **request.task, **how), model.counts
 
 
 def pixels(request: Request, samples: Tensor) -> Tensor:

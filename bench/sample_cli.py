@@ -75,14 +75,16 @@ def sample(
         raise ValueError(f"--trajectory shows images; samples of model {network.name} are of shape {network.shape}")
     begun = time.perf_counter()
     try:
-        made, frames = _run(request, num, batch_size, trajectory is not None)
+        made, frames, evaluations = _run(request, num, batch_size, trajectory is not None)
     except SamplingError as error:
         raise click.ClickException(str(error)) from error
     samples, seconds = [pixels(request, result.x) for result in made], time.perf_counter() - begun
     _write(samples, out, network.images)
     if trajectory is not None:
         _write_film(frames, trajectory)
-    click.echo(_told(request, made, num, seconds) + f" -> {out}" + (f", {trajectory}" if trajectory else ""))
+    click.echo(
+        _told(request, made, num, evaluations, seconds) + f" -> {out}" + (f", {trajectory}" if trajectory else "")
+    )
 
 
 def _request(
@@ -165,8 +167,8 @@ def _check_files(out: Path, trajectory: Path | None) -> None:
         raise ValueError(f"--trajectory must end in .png or .gif, got {str(trajectory)!r}")
 
 
-def _run(request: Request, num: int, batch_size: int, film: bool) -> tuple[list[Result], list[Tensor]]:
-    """The batches, with a bar, and the states of the first samples on their way."""
+def _run(request: Request, num: int, batch_size: int, film: bool) -> tuple[list[Result], list[Tensor], float]:
+    """The batches, with a bar, the states of the first samples on their way, and the network's evaluations for a sample."""
     import torch
     from rich.console import Console
     from rich.progress import Progress
@@ -175,7 +177,7 @@ def _run(request: Request, num: int, batch_size: int, film: bool) -> tuple[list[
 
     frames: list[Tensor] = []
     keep = filmed(frames, request, min(num, _FILMED)) if film else None
-    made = []
+    made, evaluations = [], 0
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("sample", total=num)
         # a film is of samples of the first batch
@@ -187,8 +189,10 @@ def _run(request: Request, num: int, batch_size: int, film: bool) -> tuple[list[
                 if keep is not None and done == 0:
                     keep(progress)
 
-            made.append(generate(request, part.to(request.network.device), tell))
-    return made, frames
+            result, counts = generate(request, part.to(request.network.device), tell)
+            made.append(result)
+            evaluations += counts.evaluations
+    return made, frames, evaluations / num
 
 
 def _write(samples: Sequence[Tensor], out: Path, images: bool) -> None:
@@ -226,7 +230,7 @@ def _write_film(frames: Sequence[Tensor], path: Path) -> None:
     (save_film if path.suffix == ".png" else save_animation)(states, path)
 
 
-def _told(request: Request, made: Sequence[Result], num: int, seconds: float) -> str:
+def _told(request: Request, made: Sequence[Result], num: int, evaluations: float, seconds: float) -> str:
     """What was made, in a line."""
     result, network = made[0], request.network  # any batch: they have one grid
     by = result.plan.sampler if result.plan else request.sampler
@@ -235,6 +239,8 @@ def _told(request: Request, made: Sequence[Result], num: int, seconds: float) ->
     if request.image is not None:
         steps += f" from t={result.times[0]:.4g} on, strength {request.task['strength']:g}"
     guided = f", guidance {request.guidance:g}" if request.guidance is not None else ""
+    if evaluations > calls:
+        guided += f" ({evaluations:g} evaluations)"
     return (
         f"{num} sample{'s'[: num > 1]} of {network.name} by {by}: {steps}, {calls} network call{'s'[: calls > 1]} each"
         f"{guided}, seed {request.seed}, {seconds:.1f} s"

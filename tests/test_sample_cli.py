@@ -125,9 +125,9 @@ def test_classes_cycle(tiny, tmp_path):
 
 
 def test_guidance_changes_the_samples(tiny, tmp_path):
-    for name, scale in (("a", 1), ("b", 4)):
+    for name, scale, cost in (("a", 1, ""), ("b", 4, " (4 evaluations)")):
         made = run("--model", tiny / "tiny", "--num", 3, "--nfe", 2, "--guidance", scale, "--out", tmp_path / name)
-        assert f"guidance {scale}" in made.output
+        assert f"2 network calls each, guidance {scale}{cost}, seed" in made.output
     run("--model", tiny / "tiny", "--num", 3, "--nfe", 2, "--out", tmp_path / "plain")
     a, b, plain = (load_images(tmp_path / name).images.astype(int) for name in ("a", "b", "plain"))
     assert np.abs(a - plain).max() <= 1
