@@ -87,7 +87,7 @@ class Metered(Wrapped):
     def __init__(self, model: EpsModel) -> None:
         check_model("model", model)
         meters: dict[int, Meter] = {}
-        super().__init__(model.with_networks(lambda net: meters.setdefault(id(net), _meter(net))))
+        super().__init__(model.with_networks(lambda net: meters.setdefault(id(net), Meter(net))))
         self.networks = tuple(meters.values())
         self.bare = model.with_networks(_bare)  # what is compiled
         self.compiled = self.bare.compiled
@@ -149,9 +149,5 @@ class _Silent(Meter):
         return torch.zeros_like(x)
 
 
-def _meter(net: Net) -> Meter:
-    return net if isinstance(net, Meter) else Meter(net)
-
-
 def _bare(net: Net) -> Net:
-    return net.net if isinstance(net, Meter) else net
+    return _bare(net.net) if isinstance(net, Meter) else net

@@ -141,7 +141,7 @@ def test_a_sampler_whose_network_calls_are_not_those_of_its_plan_is_an_error(
     real = bench_measure.run_network
 
     def one_call_more(model: Any, *args: Any, indices: torch.Tensor, **options: Any) -> torch.Tensor:
-        model.model(torch.zeros(len(indices), 2), 0.5)
+        model.metered(torch.zeros(len(indices), 2), 0.5)
         return real(model, *args, indices=indices, **options)
 
     monkeypatch.setattr(bench_measure, "run_network", one_call_more)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from samplers import EpsModel, guidance, list_samplers, make_plan, metered, run_plan, sample, schedules
+from samplers.adapters.variance import sample_learned_variance
 
 VP, COSINE, EDM, FLOW = schedules.vp_linear(), schedules.cosine(), schedules.edm(), schedules.flow()
 WIDE = schedules.edm(1e-4, 1e4)
@@ -88,7 +89,9 @@ def test_a_weaker_model_without_the_condition(classes):
 def test_the_range_of_the_weaker_schedule(exact):
     base = exact(EDM)
     with pytest.raises(ValueError, match=r"weaker is defined for sigma_bar .* to 1\d\d\.\d*, and is asked at 900"):
-        run_plan(make_plan("ddim", WIDE, sigmas=[900.0, 1.0]), guidance.autoguidance(exact(WIDE), exact(COSINE), 2.0), X)
+        run_plan(
+            make_plan("ddim", WIDE, sigmas=[900.0, 1.0]), guidance.autoguidance(exact(WIDE), exact(COSINE), 2.0), X
+        )
     inside = guidance.autoguidance(base, exact(schedules.edm(0.1, 10.0)), 2.0, interval=(0.2, 5.0))
     assert sample(inside, "ddim", x_T=X, steps=5).isfinite().all()
     with pytest.raises(ValueError, match="gives no x0 at t=1, where alpha=0"):
@@ -115,6 +118,24 @@ def test_networks_of_two_dtypes():
     base, weak = EpsModel(Net(2, 2), VP), EpsModel(Net(2, 2, dtype=torch.float64), VP)
     with pytest.raises(ValueError, match=r"weaker is torch.float64 on cpu, the model torch.float32 on cpu"):
         guidance.autoguidance(base, weak, 2.0)
+
+
+def test_a_learned_variance_under_guidance():
+    class Learned(torch.nn.Module):
+        def halves(self, x, t, y):
+            return 0.3 * x + y[:, None].to(x.dtype), (x * y[:, None]).tanh()
+
+        def forward(self, x, t, y):
+            return self.halves(x, t, y)[0]
+
+    model = EpsModel(Learned(), VP)
+    given = {"x_T": X, "steps": 4, "cond": {"y": LABELS}}
+    by_hand = EpsModel(Learned(), VP)
+    by_hand.net.halves = lambda x, t, y: (0.3 * x + 2.5 * y[:, None] - 1.5 * 7, (x * y[:, None]).tanh())
+    expected = sample_learned_variance(by_hand, **given)
+    guided = guidance.classifier_free(model, 2.5, {"y": 7})
+    torch.testing.assert_close(sample_learned_variance(guided, **given), expected, rtol=1e-9, atol=1e-9)
+    assert (expected - sample_learned_variance(model, **given)).abs().max() > 0.1
 
 
 # a classifier ------------------------------------------------------------------------------------------------------

@@ -90,15 +90,21 @@ def test_learned_plans_and_direct_calls():
     assert model.counts == Counts(2, 5 + 10, 2)
 
 
-def test_the_model_itself_is_left_alone_and_meters_are_not_doubled():
+def test_the_model_itself_is_left_alone_and_each_counts_for_itself():
     model = metered(BASE)
     assert model.net is model.networks[0]
     assert BASE.net is net
     own = Meter(net)
-    outer = metered(EpsModel(own, VP, "v"))
-    assert outer.networks == (own,)
+    inner = EpsModel(own, VP, "v")
+    sample(inner, "ddim", x_T=X, steps=3, cond=COND)
+    outer, guided = metered(inner), metered(guidance.classifier_free(metered(inner), 2.0, NULL))
     sample(outer, "ddim", x_T=X, steps=2, cond=COND)
-    assert (own.calls, own.evaluations) == (2, 10)
+    sample(guided, "ddim", x_T=X, steps=1, cond=COND)
+    assert (own.calls, own.evaluations) == (6, 35)
+    assert (outer.counts, guided.counts) == (Counts(2, 10, 2), Counts(1, 10, 1))
+    run_plan(make_plan("ddim", VP, steps=2), outer, X, cond=COND, compile="loop")
+    assert outer.counts == Counts(4, 20, 4)
+    assert own.calls == 6  # a compiled loop does not pass any meter
 
 
 def test_weights_are_the_networks():

@@ -76,7 +76,8 @@ def sample_learned_variance(
     `beta / beta~ = (sigma / sigma')^2`, so that noise times `(sigma / sigma')^f` is exact.
 
     Args:
-        model: as `eps_model_from_guided_diffusion` and `eps_model_from_diffusers` make it of a network with 2 C channels out.
+        model: as `eps_model_from_guided_diffusion` and `eps_model_from_diffusers` make it of a network with 2 C channels out; or
+            guided, where the variance is that of the conditional prediction, or with `batched=False` of the last one.
         x_T, shape, seed, indices, steps, timesteps, sigmas, grid, final, noise_source, callback, cond, check: as in
             `samplers.sample`.
 
@@ -94,7 +95,7 @@ def sample_learned_variance(
             f"eps_model_from_diffusers make it, got {type(model).__name__} of {type(net).__name__}"
         )
     keeper = _Keeper(net)
-    kept = EpsModel(keeper, model.schedule, model.predicts, model.time_input, sigma_data=model.sigma_data)
+    kept = model.with_networks(lambda other: keeper if other is net else other)
     where: dict[str, Any] = {"steps": steps, "timesteps": timesteps, "sigmas": sigmas, "grid": grid, "final": final}
     plan = make_plan("ddpm", model.schedule, **where)
     if noise_source is None:
@@ -111,7 +112,7 @@ def _scaled(draw: NoiseSource, sigmas: Sequence[float], keeper: _Keeper) -> Nois
 
     def noise(k: int, like: Tensor) -> Tensor:
         assert keeper.variance is not None, "the network is called before the noise is drawn"
-        share = (keeper.variance + 1) / 2
+        share = (keeper.variance[: len(like)] + 1) / 2
         return draw(k, like) * torch.pow(sigmas[k] / sigmas[k + 1], share)
 
     return noise
