@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from samplers import EpsModel, guidance, list_samplers, make_plan, metered, run_plan, sample, schedules
 
@@ -261,6 +262,40 @@ def test_half_precision_stays_and_is_close(way):
     assert sample(wrap(half), "dpmpp-2m", x_T=X.bfloat16(), steps=3, cond=cond).dtype == torch.bfloat16
 
 
+# waiting for the device --------------------------------------------------------------------------------------------
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses to read a tensor's number into Python, which on an accelerator waits for all that was asked of it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a number of a tensor was read")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "way", [*WAYS, "rescale", "momentum", "auto", "auto-schedule", "classifier", "threshold", "cfg++"]
+)
+def test_nothing_waits_for_the_device(way):
+    plan = make_plan("dpmpp-2m", VP, steps=4)
+    weak, other = (EpsModel(lambda x, t, class_labels: x, s, "x0") for s in (VP, schedules.edm(1e-3, 1e3)))
+    more = {
+        "rescale": lambda m: guidance.classifier_free(m, 2.5, NULL, rescale=0.7),
+        "momentum": lambda m: guidance.apg(m, 2.5, NULL, norm_threshold=1.0, momentum=-0.5),
+        "auto": lambda m: guidance.autoguidance(m, weak, 2.0),
+        "auto-schedule": lambda m: guidance.autoguidance(m, other, 2.0, interval=(0.1, 5.0)),
+        "classifier": lambda m: guidance.classifier(m, lambda x, t: x.repeat(1, 2), 1.5, conditional=True),
+        "threshold": lambda m: guidance.threshold(guidance.clip(m, 3.0)),
+        "cfg++": lambda m: guidance.cfg_plus_plus(m, 0.6, NULL, plan),
+    }
+    model = metered((more.get(way) or WAYS[way][0])(linear()))
+    with NoWaiting():
+        run_plan(plan, model, X, cond=COND, check=False)
+    with pytest.raises(AssertionError, match="a number"), NoWaiting():  # it would be seen
+        bool(X[0, 0] > 0)
+
+
 # against diffusers -------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +331,69 @@ def test_apg_is_that_of_diffusers(eta, threshold, momentum):
     x, labels = torch.zeros(2, 3, 4, 4, dtype=torch.float64), {"class_labels": torch.zeros(2, dtype=torch.int64)}
     got = [run.output(x, torch.full((2,), 0.5), 0.8, 0.6, labels) for _ in range(3)]
     torch.testing.assert_close(torch.stack(got), torch.stack(expected), rtol=1e-9, atol=1e-9)
+
+
+# conditions --------------------------------------------------------------------------------------------------------
+
+
+def seen_by_the_network(null, cond, batched=True, batch=4):
+    seen = []
+
+    def net(x, t, **cond):
+        seen.append(cond)
+        return x
+
+    sample(
+        guidance.classifier_free(EpsModel(net, VP), 2.0, null, batched=batched),
+        "ddim",
+        x_T=X[:batch],
+        steps=1,
+        cond=cond,
+    )
+    return seen
+
+
+def test_nested_conditions_and_those_without_a_row_for_each():
+    text, ids, control = torch.rand(4, 3), torch.rand(4, 2), [torch.rand(4, 1, 1), torch.rand(4, 5)]
+    empty, table = torch.zeros(3), torch.rand(7, 2)
+    cond = {
+        "added": {"text": text, "ids": ids},
+        "control": control,
+        "table": table,
+        "strength": 0.5,
+        "mode": "a",
+        "no": None,
+    }
+    [both] = seen_by_the_network({"added": {"text": empty}}, cond)
+    assert torch.equal(both["added"]["text"], torch.cat([text, empty.expand(4, 3)]))
+    assert torch.equal(both["added"]["ids"], torch.cat([ids, ids]))
+    assert [torch.equal(a, torch.cat([b, b])) for a, b in zip(both["control"], control, strict=True)] == [True, True]
+    assert both["table"] is table
+    assert (both["strength"], both["mode"], both["no"]) == (0.5, "a", None)
+    first, second = seen_by_the_network({"added": {"text": empty}}, cond, batched=False)
+    assert first["added"]["text"] is text
+    assert torch.equal(second["added"]["text"], empty.expand(4, 3))
+    assert first["control"] is second["control"] is control
+    with pytest.raises(ValueError, match=r"null\['added'\]\['words'\]|null\['words'\] replaces"):
+        seen_by_the_network({"added": {"words": empty}}, cond)
+
+
+@pytest.mark.parametrize(
+    "null", [torch.ones(1, 2, 3), torch.ones(2, 3), torch.ones(4, 2, 3), torch.ones(2, 3).double(), 1]
+)
+@pytest.mark.parametrize("rows", [4, 1])
+def test_the_shapes_of_a_null_condition(null, rows):
+    [both] = seen_by_the_network({"e": null}, {"e": torch.zeros(rows, 2, 3)})
+    assert both["e"].dtype == torch.float32
+    assert both["e"].shape == (8, 2, 3)
+    assert torch.equal(both["e"], torch.cat([torch.zeros(4, 2, 3), torch.ones(4, 2, 3)]))
+
+
+def test_none_and_texts_are_for_two_calls():
+    assert [one["y"] for one in seen_by_the_network({"y": None}, {"y": LABELS}, batched=False)][1] is None
+    assert [one["y"] for one in seen_by_the_network({"y": "b"}, {"y": "a"}, batched=False)] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"null\['y'\]: str do not make one batch; .* batched=False"):
+        seen_by_the_network({"y": "b"}, {"y": "a"})
 
 
 # counting ----------------------------------------------------------------------------------------------------------
