@@ -13,13 +13,14 @@ import torch
 
 from bench.guidance import Guidance, Unguided, guided, null_of, weight_of
 from bench.judging import Metric, get_metric
+from bench.network import Network
 from bench.pipelines import is_pipeline
 from bench.store import code_fingerprint, key_of
 from bench.students import check_alike, inputs_of, load_students, training_cost
 from bench.suite import SamplerSpec, Spec, StudentSpec, Suite
 from bench.zoo import BenchModel, judged, load_network
 from distill.student import nearest
-from samplers import EpsModel, Plan, make_plan
+from samplers import Plan, make_plan
 from samplers.registry import get_sampler
 
 Row = dict[str, Any]
@@ -150,7 +151,7 @@ def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
     for spec in (*suite.samplers, teacher):
         if isinstance(spec, SamplerSpec):
             _check_guidance(suite, spec, own[spec.model] if spec.model else model)
-    weaker = lru_cache(lambda name: load_network(name, device, model.dtype).model)
+    weaker = lru_cache(lambda name: load_network(name, device, model.dtype))
     cells = [
         _student_cell(suite, model, spec, nfe, students[spec.label])
         if isinstance(spec, StudentSpec)
@@ -227,7 +228,7 @@ def _check_guidance(suite: Suite, spec: SamplerSpec, model: BenchModel) -> None:
 
 
 def _sampler_cell(
-    suite: Suite, model: BenchModel, spec: SamplerSpec, nfe: int, role: str, weaker: Callable[[str], EpsModel]
+    suite: Suite, model: BenchModel, spec: SamplerSpec, nfe: int, role: str, weaker: Callable[[str], Network]
 ) -> Cell:
     wanted, weight = _wanted(suite, spec), None
     if _takes_weight(model):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 from torch import Tensor
 
-from bench.network import Network
+from bench.network import Network, model_hash
 from distill.documents import Strict
 from samplers import EpsModel, Plan, guidance
 from samplers.errors import unknown
@@ -19,7 +19,7 @@ from samplers.program import Evaluate
 
 NOT_GUIDED = ("time_ids", "guidance", "resolution", "aspect_ratio")  # conditions that a prompt does not change
 Null = Mapping[str, Tensor]
-Weaker = Callable[[str], EpsModel]
+Weaker = Callable[[str], Network]
 _Network = TypeVar("_Network", bound=Network)
 
 
@@ -146,7 +146,7 @@ class Autoguidance(Guidance):
 
     def on(self, model: EpsModel, null: Null, plan: Plan | None, weaker: Weaker) -> EpsModel:
         """The model under guidance."""
-        return guidance.autoguidance(model, weaker(self.weaker), self.scale, interval=self.interval)
+        return guidance.autoguidance(model, weaker(self.weaker).model, self.scale, interval=self.interval)
 
 
 class Unguided(Guidance):
@@ -225,7 +225,7 @@ def guided(network: _Network, spec: Guidance, plan: Plan | None, weaker: Weaker)
         network: not guided yet.
         spec: what guidance.
         plan: that will be run; None for a sampler without one.
-        weaker: loads a model by name, on the network's device.
+        weaker: loads a model by name, on the network's device; what it loads is part of the hash of what comes out.
 
     Raises:
         ValueError: a network without a null condition, or guided already, or guidance that the plan does not allow.
@@ -235,4 +235,7 @@ def guided(network: _Network, spec: Guidance, plan: Plan | None, weaker: Weaker)
     if isinstance(network.model, Guided):
         raise ValueError(f"guidance={spec.text} is given for a model that has guidance already; give guidance or scale")
     null = null_of(network) if spec.needs_null else {}
-    return replace(network, model=spec.on(network.model, null, plan, weaker))
+    both = replace(network, model=spec.on(network.model, null, plan, weaker))
+    if not isinstance(spec, Autoguidance):
+        return both
+    return replace(both, hash=model_hash({}, {"network": network.hash, "weaker": weaker(spec.weaker).hash}))

@@ -109,6 +109,7 @@ def test_a_weaker_model_is_counted_beside(tmp_path: Path) -> None:
     assert auto["value"] == pytest.approx(plain["value"], rel=1e-4)  # away from itself is nowhere
     told = [(row["nfe"], row.get("sequential_calls"), row["evaluations"]) for row in (plain, auto)]
     assert told == [(4, None, 4), (8, 4, 8)]
+    assert auto["model_hash"] != plain["model_hash"]  # the weaker model is part of it
 
 
 def test_cells_are_told_apart_by_guidance(labelled: BenchModel) -> None:
