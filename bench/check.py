@@ -32,6 +32,7 @@ from bench.hypotheses import (
     times,
 )
 from samplers import EpsModel
+from samplers.model import require_model
 from samplers.noise import standard_normal
 
 FAMILIES = ("prediction", "time", "input", "data")
@@ -244,8 +245,7 @@ def _mistake(family: str, declared: Hypothesis, best: Hypothesis) -> str:
 
 
 def _check(model: EpsModel, data: Tensor) -> None:
-    if not isinstance(model, EpsModel):
-        raise TypeError(f"model must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")
+    require_model("model", model)
     if not isinstance(data, Tensor) or not data.is_floating_point() or data.dim() < 2:
         raise TypeError(
             f"data must be a floating-point tensor (N, ...), got {getattr(data, 'dtype', type(data).__name__)}"

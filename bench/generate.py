@@ -20,10 +20,10 @@ from bench.students import inputs_of
 from distill.student import filled
 from samplers import EpsModel, Plan, metered, run_plan, tasks
 from samplers.execute import Callback, Progress
+from samplers.job import prepare
 from samplers.meter import Counts
 from samplers.noise import standard_normal
 from samplers.tasks import Result
-from samplers.tasks.job import prepare
 
 DEFAULT_SAMPLER, DEFAULT_NFE = "dpmpp-2m", 20
 

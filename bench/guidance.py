@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -23,7 +24,7 @@ Weaker = Callable[[str], Network]
 _Network = TypeVar("_Network", bound=Network)
 
 
-class Guidance(Strict):
+class Guidance(Strict, ABC):
     """What every kind has.
 
     Attributes:
@@ -62,6 +63,7 @@ class Guidance(Strict):
         guided = sum(map(self.active, plan.calls))
         return plan.nfe + (self.points - 1) * guided, self.points * guided
 
+    @abstractmethod
     def on(self, model: EpsModel, null: Null, plan: Plan | None, weaker: Weaker) -> EpsModel:
         """The model under guidance.
 
@@ -71,7 +73,6 @@ class Guidance(Strict):
             plan: that will be run; None for a sampler without one.
             weaker: loads a model by name.
         """
-        raise NotImplementedError
 
     @property
     def how(self) -> dict[str, Any]:
@@ -157,6 +158,10 @@ class Unguided(Guidance):
     scale: Literal[1] = 1
     interval: None = None
 
+    def on(self, model: EpsModel, null: Null, plan: Plan | None, weaker: Weaker) -> EpsModel:
+        """The model itself."""
+        return model
+
 
 KINDS = ("cfg", "apg", "cfg++", "autoguidance", "none")
 
@@ -219,7 +224,7 @@ def null_of(network: Network) -> dict[str, Tensor]:
 
 
 def guided(network: _Network, spec: Guidance, plan: Plan | None, weaker: Weaker) -> _Network:
-    """The network under guidance; itself where there is none.
+    """The network under guidance.
 
     Args:
         network: not guided yet.
@@ -230,8 +235,6 @@ def guided(network: _Network, spec: Guidance, plan: Plan | None, weaker: Weaker)
     Raises:
         ValueError: a network without a null condition, or guided already, or guidance that the plan does not allow.
     """
-    if isinstance(spec, Unguided):
-        return network
     if isinstance(network.model, Guided):
         raise ValueError(f"guidance={spec.text} is given for a model that has guidance already; give guidance or scale")
     null = null_of(network) if spec.needs_null else {}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from samplers.execute import Loop
-from samplers.guidance.wrapped import Wrapped, check_model
-from samplers.model import EpsModel, Scalar
+from samplers.guidance.wrapped import Wrapped
+from samplers.model import EpsModel, Scalar, require_model
 from samplers.plan import Plan
 
 Net = Callable[..., Tensor]
@@ -85,7 +85,7 @@ class Metered(Wrapped):
     """See `metered`."""
 
     def __init__(self, model: EpsModel) -> None:
-        check_model("model", model)
+        require_model("model", model)
         meters: dict[int, Meter] = {}
         super().__init__(model.with_networks(lambda net: meters.setdefault(id(net), Meter(net))))
         self.networks = tuple(meters.values())

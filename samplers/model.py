@@ -232,6 +232,12 @@ class EpsModel:
         return float(self.schedule.dalpha(t)), float(self.schedule.dsigma(t))
 
 
+def require_model(name: str, model: EpsModel) -> None:
+    """Raise TypeError where an argument is no model."""
+    if not isinstance(model, EpsModel):
+        raise TypeError(f"{name} must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")
+
+
 def _time_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

@@ -146,3 +146,24 @@ def test_mixed_devices_and_dtypes():
         tasks.img2img(model, torch.zeros(1, 2, dtype=torch.uint8), "ddim", strength=0.5, steps=2)
     with pytest.raises(TypeError, match="model must be an EpsModel"):
         tasks.img2img(Net(), IMAGE, "ddim", strength=0.5, steps=2)
+
+
+def test_an_analytical_first_step_is_for_start_noise_alone(exact):
+    model, start = exact(VP, "eps"), torch.zeros(3, 2, dtype=torch.float64)
+    edit = tasks.img2img(model, IMAGE, "dpmpp-2m", strength=0.5, nfe=6, afs=True)
+    plain = tasks.img2img(model, IMAGE, "dpmpp-2m", strength=1, timesteps=edit.times)
+    assert edit.nfe == edit.steps == 3
+    torch.testing.assert_close(edit.x, plain.x, rtol=1e-12, atol=1e-12)
+    noise = standard_normal(0, torch.arange(3), 0, (2,), torch.float64)
+    whole = tasks.img2img(model, start, "dpmpp-2m", strength=1, nfe=6, afs=True, noise=noise)
+    expected = sample(model, "dpmpp-2m", x_T=noise * float(VP.sigma(VP.t_max)), nfe=6, afs=True)
+    assert whole.nfe == 6
+    torch.testing.assert_close(whole.x, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_loop_is_the_same(exact):
+    given = {"strength": 0.5, "nfe": 4}
+    eager, compiled = (
+        tasks.img2img(exact(VP, "eps"), IMAGE, "dpmpp-2m", **given, compile=how) for how in (None, "loop")
+    )
+    torch.testing.assert_close(compiled.x, eager.x, rtol=1e-10, atol=1e-10)

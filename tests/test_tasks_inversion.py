@@ -109,6 +109,11 @@ def test_stochastic_samplers_are_refused(exact, data, name):
         tasks.invert(exact(VP), data, name, steps=8)
 
 
+def test_an_analytical_first_step_is_refused(exact, data):
+    with pytest.raises(ValueError, match="afs=True takes the first state for noise"):
+        tasks.invert(exact(VP), data, "ddim", steps=4, afs=True)
+
+
 def test_options_make_a_sampler_deterministic(exact, data):
     assert (
         tasks.reconstruct(exact(VP), data, "euler-ancestral", steps=80, eta=0.0, grid="time-uniform").error.max() < 0.2

@@ -14,8 +14,7 @@ from torch import Tensor
 from samplers.grid import Nodes, from_timesteps
 from samplers.guidance.conditions import Cond
 from samplers.guidance.guided import Branching, Interval, Scale
-from samplers.guidance.wrapped import check_model
-from samplers.model import EpsModel, Scalar
+from samplers.model import EpsModel, Scalar, require_model
 from samplers.plan import Plan
 from samplers.schedule import Schedule
 
@@ -88,7 +87,7 @@ def cfg_plus_plus(
     Raises:
         ValueError, TypeError: as for `classifier_free`, or a grid that is none.
     """
-    check_model("model", model)
+    require_model("model", model)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"scale must be a positive number, in (0, 1] as a rule, got {scale!r}")
     times = grid.times if isinstance(grid, Plan) else from_timesteps(model.schedule, grid).t

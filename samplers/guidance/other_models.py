@@ -12,8 +12,7 @@ from torch import Tensor
 
 from samplers.guidance.conditions import Cond, check_null, replaced
 from samplers.guidance.guided import Guided, Interval, Scale
-from samplers.guidance.wrapped import check_model
-from samplers.model import Affine, EpsModel, Scalar
+from samplers.model import Affine, EpsModel, Scalar, require_model
 
 _TOLERANCE = 1e-6  # relative, as for explicit nodes of a grid
 
@@ -55,7 +54,7 @@ class Autoguided(Guided):
         self, model: EpsModel, weaker: EpsModel, scale: Scale, null: Cond | None, interval: Interval | None
     ) -> None:
         super().__init__(model, scale, interval)
-        check_model("weaker", weaker)
+        require_model("weaker", weaker)
         if null is not None:
             check_null("null", null)
         mine, other = model.weights, weaker.weights

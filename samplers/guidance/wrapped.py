@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from samplers.model import Affine, EpsModel, Scalar
+from samplers.model import Affine, EpsModel, Scalar, require_model
 
 
 class Wrapped(EpsModel):
@@ -26,7 +26,7 @@ class Wrapped(EpsModel):
     """
 
     def __init__(self, model: EpsModel, predicts: str | None = None) -> None:
-        check_model("model", model)
+        require_model("model", model)
         super().__init__(model.net, model.schedule, predicts or model.predicts, sigma_data=model.sigma_data)
         self.model = model
 
@@ -60,9 +60,3 @@ class Wrapped(EpsModel):
     def with_networks(self, change: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> EpsModel:
         """A copy in which every network is `change(net)`."""
         return self.around(self.model.with_networks(change))
-
-
-def check_model(name: str, model: EpsModel) -> None:
-    """Raise TypeError where an argument is no model."""
-    if not isinstance(model, EpsModel):
-        raise TypeError(f"{name} must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")

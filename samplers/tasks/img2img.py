@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from samplers.grid import Grid
+from samplers.job import Job, Result, prepare
 from samplers.model import EpsModel
-from samplers.tasks.job import Job, Result, check_beside, check_tensor, noised, prepare
+from samplers.tasks.states import check_beside, check_tensor, noised
 
 
 def img2img(

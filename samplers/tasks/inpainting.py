@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from samplers.grid import Grid
+from samplers.job import Job, Result, prepare
 from samplers.model import EpsModel, Scalar
 from samplers.plan import Plan
 from samplers.tasks.conditional import Corrected, Predict
 from samplers.tasks.img2img import from_strength
-from samplers.tasks.job import Job, Result, check_beside, check_tensor, noised, prepare
 from samplers.tasks.resampling import resampled
+from samplers.tasks.states import check_beside, check_tensor, noised
 
 
 def with_known(model: EpsModel, image: Tensor, mask: Tensor) -> EpsModel:
@@ -76,7 +77,7 @@ def inpaint(
 
     Raises:
         ValueError, TypeError: as `samplers.sample`; a mask of another size, or on another device than image; resampling with an
-            error-controlled sampler, or jump not less than the steps.
+            error-controlled sampler or afs, or jump not less than the steps.
     """
     check_tensor(model, "image", image)
     mask = checked_mask(mask, image)
@@ -174,6 +175,10 @@ def _planned(
         return job, None
     if job.entry.adaptive:
         raise ValueError(f"sampler {sampler!r} has no plan to resample: resamplings must be 1, got {resamplings!r}")
+    if job.afs:
+        raise ValueError(
+            "afs=True begins with start noise, which resampling adds at other nodes too; give resamplings=1"
+        )
     budget = how.get("nfe")
     if budget is None:
         return job, _resampled(job, resamplings, jump)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from samplers.errors import unknown
+from samplers.job import Job, prepare
 from samplers.model import EpsModel
 from samplers.tasks.inversion import up, way_back
-from samplers.tasks.job import Job, check_beside, check_tensor, prepare
+from samplers.tasks.states import check_beside, check_tensor
 
 _PARALLEL = 1e-6  # sine of the angle below which the arc is a straight line
 

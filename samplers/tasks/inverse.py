@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from samplers.errors import unknown
+from samplers.job import Result, prepare
 from samplers.model import EpsModel, Scalar
 from samplers.tasks.conditional import Corrected, Predict
-from samplers.tasks.job import Result, check_beside, check_tensor, per_sample, prepare
 from samplers.tasks.operators import Downsample, Operator
+from samplers.tasks.states import check_beside, check_tensor, per_sample
 
 
 def ddnm(model: EpsModel, operator: Operator, y: Tensor, noise: float = 0.0) -> EpsModel:

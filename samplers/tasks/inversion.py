@@ -17,9 +17,10 @@ from torch import Tensor
 
 from samplers.grid import Grid
 from samplers.guidance.wrapped import Wrapped
+from samplers.job import Job, Result, prepare
 from samplers.model import Affine, EpsModel, Scalar
 from samplers.schedule import Schedule
-from samplers.tasks.job import Job, Result, check_tensor, prepare, rmse
+from samplers.tasks.states import check_tensor, rmse
 
 _NEARLY_NOISE = 1e-5  # alpha / sigma from which an error-controlled sampler takes one first-order step to alpha = 0
 
@@ -121,7 +122,7 @@ def invert(model: EpsModel, image: Tensor, sampler: str, **how: Any) -> Result:
         The noise (B, ...), a start `x_T` for `samplers.sample` on the same nodes, with the nodes from data to noise.
 
     Raises:
-        ValueError, TypeError: as `samplers.sample`; a stochastic sampler, or options that make it so.
+        ValueError, TypeError: as `samplers.sample`; a stochastic sampler, options that make it so, or afs.
     """
     return up(model, image, way_back(model, sampler, how))
 
@@ -151,6 +152,8 @@ def way_back(model: EpsModel, sampler: str, how: Mapping[str, Any]) -> Job:
     """
     if how.get("final") not in (None, "t_min"):
         raise ValueError(f"final must be 't_min' for an inversion, which starts above sigma = 0, got {how['final']!r}")
+    if how.get("afs"):
+        raise ValueError("afs=True takes the first state for noise, and an inversion starts from data; leave it out")
     named = how.get("timesteps") is None and how.get("sigmas") is None
     job = prepare(model, sampler, **({**how, "final": "t_min"} if named else how))
     if job.plan is not None and job.plan.stochastic:

@@ -18,9 +18,9 @@ from samplers.adaptive import Network, Slope, check_positive, solve
 from samplers.errors import SamplingError, unknown
 from samplers.execute import sample_indices
 from samplers.grid import Grid
-from samplers.model import EpsModel
+from samplers.model import EpsModel, require_model
 from samplers.noise import check_seed, standard_normal
-from samplers.tasks.job import check_tensor
+from samplers.tasks.states import check_tensor
 
 LogDensity = Callable[[Tensor], Tensor]
 PROBES = ("rademacher", "gaussian")
@@ -136,25 +136,30 @@ def log_likelihood(
     """
     if divergence not in ("estimate", "exact"):
         raise unknown("divergence", divergence, ("estimate", "exact"))
-    if not isinstance(model, EpsModel):
-        raise TypeError(f"model must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")
+    require_model("model", model)
     check_tensor(model, "x", x)
     check_positive(rtol=rtol, atol=atol)
     grid = _range(model, t_min, t_max)
     directions = _units(x) if divergence == "exact" else _probes(x, probes, kind, seed, indices)
     network = Network(model, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
     flow = _Flow(Slope(network, grid), directions, divergence == "exact", x.shape)
+    x_T, change = _to_noise(flow, x, grid, method, rtol, atol)
+    at_noise = _normal(x_T, float(grid.sigma[0])) if prior is None else prior(x_T).double()
+    each = at_noise[:, None] + change
+    return Likelihood(each.mean(1), _error(each, flow.exact), x_T, network.calls)
+
+
+def _to_noise(flow: _Flow, x: Tensor, grid: Grid, method: str, rtol: float, atol: float) -> tuple[Tensor, Tensor]:
+    """States (B, ...) at t_max, and by how much log p is larger at x than there, (B, 1) or one for each probe, in float64."""
     theta = torch.atan2(*(torch.as_tensor(a[::-1].copy(), dtype=torch.float64) for a in (grid.sigma, grid.alpha)))
     norm_T, norm = ((grid.alpha**2 + grid.sigma**2) ** 0.5).tolist()
-    start = torch.cat([x.flatten(1) / norm, x.new_zeros(len(x), 1 if flow.exact else probes)], 1)
+    start = torch.cat([x.flatten(1) / norm, x.new_zeros(len(x), 1 if flow.exact else len(flow.directions))], 1)
     end = solve(flow, start, theta, method, rtol, atol)
     if not torch.isfinite(end).all():
         raise SamplingError("the likelihood's integrator ended in NaN or Inf")
     dimension = x[0].numel()
-    x_T, traces = (end[:, :dimension] * norm_T).view(x.shape), end[:, dimension:].double()
-    at_noise = _normal(x_T, float(grid.sigma[0])) if prior is None else prior(x_T).double()
-    each = at_noise[:, None] + traces + dimension * math.log(norm_T / norm)
-    return Likelihood(each.mean(1), _error(each, flow.exact), x_T, network.calls)
+    change = end[:, dimension:].double() + dimension * math.log(norm_T / norm)
+    return (end[:, :dimension] * norm_T).view(x.shape), change
 
 
 def _error(each: Tensor, exact: bool) -> Tensor:

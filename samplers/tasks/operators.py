@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from samplers.model import Scalar
-from samplers.tasks.job import per_sample
+from samplers.tasks.states import per_sample
 
 _RCOND = 1e-4  # singular values below this share of the largest are taken for zero
 

@@ -1,4 +1,4 @@
-"""What all tasks share: a sampler on a grid, made ready from the arguments of `sample`, and what a run of it gives."""
+"""A sampler on a grid, made ready from the arguments of `sample`, and what a run of it gives: `sample` and all tasks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from samplers.execute import Callback, NoiseSource, Progress, check_start, run_plan, sample_indices
+from samplers.execute import Callback, NoiseSource, Progress, run_plan, sample_indices
 from samplers.grid import Grid, Nodes, Points
-from samplers.model import EpsModel, Scalar
+from samplers.model import EpsModel, require_model
+from samplers.nodes import check_afs, nodes_of
 from samplers.noise import check_seed, standard_normal
 from samplers.plan import Plan
 from samplers.registry import Sampler, get_sampler
-from samplers.sampling import nodes_of
+from samplers.transform import analytical_first_step
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a task made.
+    """What a run made.
 
     Attributes:
         x: samples (B, ...).
@@ -49,31 +50,42 @@ class Job:
         grid: the nodes.
         options: the sampler's own.
         nfe: the limit of an error-controlled sampler.
-        seed, indices, noise_source, callback, cond, check: as in `samplers.sample`.
+        afs: whether the first call is replaced by what start noise is known to give.
+        seed, indices, noise_source, callback, cond, check, compile: as in `samplers.sample`.
     """
 
     entry: Sampler
     grid: Grid
     options: Mapping[str, Any]
     nfe: int | None
+    afs: bool
     seed: int
     indices: Tensor | None
     noise_source: NoiseSource | None
     callback: Callback | None
     cond: Mapping[str, Any] | None
     check: bool | str
+    compile: str | None
 
     @cached_property
     def plan(self) -> Plan | None:
         """The sampler's plan on the grid; None where it has none."""
-        return None if self.entry.adaptive else self.entry.plan(self.grid, **self.options)
+        if self.entry.adaptive:
+            return None
+        plan = self.entry.plan(self.grid, **self.options)
+        return analytical_first_step(plan) if self.afs else plan
+
+    @property
+    def sigma_T(self) -> float:
+        """Standard deviation of the start noise."""
+        return float(self.grid.sigma[0]) if self.plan is None else self.plan.sigma_T
 
     def tail(self, steps: int) -> Job:
-        """The same on the last `steps` steps of the grid."""
+        """The same on the last `steps` steps of the grid, which do not begin with start noise alone."""
         options = dict(self.options)
         if options.get("orders") is not None:  # one for each step
             options["orders"] = list(options["orders"])[-steps:]
-        return replace(self, grid=Grid(self.grid.schedule, self.grid.t[-steps - 1 :]), options=options)
+        return replace(self, grid=Grid(self.grid.schedule, self.grid.t[-steps - 1 :]), options=options, afs=False)
 
     def noise(self, like: Tensor) -> Tensor:
         """Start noise (B, ...) of standard deviation 1, that of the seed and the samples' indices."""
@@ -92,8 +104,11 @@ class Job:
         times = tuple(self.grid.t.tolist())
         if plan is not None:
             drawn: dict[str, Any] = {"seed": self.seed, "indices": self.indices, "noise_source": self.noise_source}
-            out = run_plan(plan, model, x, **drawn, callback=self.callback, cond=self.cond, check=self.check)
+            how: dict[str, Any] = {"cond": self.cond, "check": self.check, "compile": self.compile}
+            out = run_plan(plan, model, x, **drawn, callback=self.callback, **how)
             return Result(out, times, plan.nfe, plan)
+        if not len(x):  # an error norm over nothing controls nothing
+            return Result(x.clone(), times, 0, None)
         made = 0
 
         def count(progress: Progress) -> None:
@@ -117,58 +132,32 @@ def prepare(
     sigmas: Nodes | None = None,
     grid: str | Points | None = None,
     final: str | None = None,
+    afs: bool = False,
     seed: int = 0,
     indices: Tensor | None = None,
     noise_source: NoiseSource | None = None,
     callback: Callback | None = None,
     cond: Mapping[str, Any] | None = None,
     check: bool | str = True,
+    compile: str | None = None,
     **options: Any,
 ) -> Job:
-    """A sampler made ready for a task; the arguments are those of `samplers.sample`.
+    """A sampler made ready to run; the arguments are those of `samplers.sample`.
 
     Raises:
         ValueError, TypeError: as `samplers.sample`.
     """
-    if not isinstance(model, EpsModel):
-        raise TypeError(f"model must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")
+    require_model("model", model)
     entry = get_sampler(sampler)
     entry.check_options(options)
+    check_afs(entry, afs)
     check_seed(seed)
-    if entry.adaptive and (noise_source is not None or check is not True):
-        raise ValueError(
-            f"sampler {sampler!r} chooses its steps while it samples: noise_source must be None and check True"
-        )
+    fixed = (("compile", compile, None), ("noise_source", noise_source, None), ("check", check, True))
+    for name, value, usual in fixed if entry.adaptive else ():
+        if value is not usual:
+            raise ValueError(
+                f"sampler {sampler!r} chooses its steps while it samples: {name} must be {usual}, got {value!r}"
+            )
     where = (steps, nfe, timesteps, sigmas, grid, final)
-    nodes, options = nodes_of(entry, model.schedule, *where, options, 0)
-    return Job(entry, nodes, options, nfe, seed, indices, noise_source, callback, cond, check)
-
-
-def check_tensor(model: EpsModel, name: str, value: Tensor) -> None:
-    """Raise TypeError or ValueError where an argument is no batch of states that the model's network can take."""
-    check_start(model, value, name)
-    if not len(value):
-        raise ValueError(f"{name} must be (B, ...) with B > 0, got shape {tuple(value.shape)}")
-
-
-def check_beside(name: str, value: Tensor, other: str, beside: Tensor) -> None:
-    """Raise TypeError or ValueError where an argument is no tensor, or not on the device of another one."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.device != beside.device:
-        raise ValueError(f"{name} is on {value.device}, {other} on {beside.device}; move one of them")
-
-
-def noised(grid: Grid, x0: Tensor, noise: Tensor, node: int = 0) -> Tensor:
-    """The state `alpha x0 + sigma noise` at a node."""
-    return x0 * float(grid.alpha[node]) + noise * float(grid.sigma[node])
-
-
-def per_sample(value: Scalar, like: Tensor) -> Scalar:
-    """A number, or (B, ...) of one number a sample, so that it broadcasts over `like` (B, ...) in its dtype."""
-    return value.to(like.dtype).view(-1, *[1] * (like.ndim - 1)) if isinstance(value, Tensor) else value
-
-
-def rmse(a: Tensor, b: Tensor) -> Tensor:
-    """Root mean square difference of each sample, (B,) float64."""
-    return (a.double() - b.double()).view(len(a), -1).square().mean(1).sqrt()
+    nodes, options = nodes_of(entry, model.schedule, *where, options, int(afs))
+    return Job(entry, nodes, options, nfe, afs, seed, indices, noise_source, callback, cond, check, compile)
