@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from samplers.registry import get_sampler
 
 Row = dict[str, Any]
 STUDENT = "student"
+_INTEGRATORS = ("torchdiffeq", "scipy")  # choose the steps of the samplers that have no plan
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,11 @@ def identity(cell: Cell, device: str) -> Row:
         **({"further": sorted(metric.name for metric in cell.further)} if cell.further else {}),
         **({"solution": cell.solution} if cell.solution else {}),
         **({"batch_size": cell.batch_size} if cell.batch_size else {}),
+        **(
+            {"integrators": ", ".join(f"{name} {version(name)}" for name in _INTEGRATORS)}
+            if cell.plan is None and not cell.problem
+            else {}
+        ),
     }
     return json.loads(json.dumps(made_by))  # tuples are lists there
 

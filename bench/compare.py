@@ -33,7 +33,7 @@ _MADE_BY = (
     "num_samples",
     "seed",
 )
-_MADE_WITH = ("seeds", "hashes", "dtype", "device", "torch", "code", "trained", "tuned")
+_MADE_WITH = ("seeds", "hashes", "dtype", "device", "torch", "integrators", "code", "trained", "tuned")
 _COMPARABLE = ("metric", "num_samples", "hashes")
 
 

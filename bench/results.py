@@ -29,6 +29,7 @@ _TEXT = frozenset(
             "tuned",
             "train_phases",
             "guidance",
+            "integrators",
         ),
         *("metric", "dtype", "device", "torch", "code", "status", "reason", "measured_at"),
     )

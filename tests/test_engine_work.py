@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,8 @@ def test_an_error_controlled_row_is_another_in_other_batches(gmm: BenchModel, tm
     parts = measure(suite.changed(batch_size=7), gmm, tmp_path)
     assert whole[0]["value"] != parts[0]["value"]
     assert whole[1] == parts[1]  # taken from the store
+    assert re.fullmatch(r"torchdiffeq [\d.]+, scipy [\d.]+", whole[0]["integrators"])
+    assert "integrators" not in whole[1]
 
 
 def test_several_seeds_are_cells_of_their_own(gmm: BenchModel, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_every_shipped_suite_loads():
 def test_default_suite_is_the_six_samplers_at_four_budgets():
     suite = load_suite("mnist")
     assert [spec.label for spec in suite.samplers] == ["ddpm", "ddim", "euler-vp", "heun", "dpm-solver-3s", "dpmpp-2m"]
-    assert suite.nfe == (5, 10, 20, 40)
+    assert suite.nfe == (4, 8, 16)
     assert suite.num_samples >= 500
 
 
