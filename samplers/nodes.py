@@ -28,6 +28,9 @@ def nodes_of(
     """The grid that the arguments of `make_plan` describe, and the options with the step orders that a budget implies.
 
     `spared` is the number of calls of the sampler's plan that afs does without.
+
+    Raises:
+        ValueError, TypeError: as `make_plan`.
     """
     counts = {"steps": steps, "nfe": nfe}
     given = [name for name, value in {**counts, "timesteps": timesteps, "sigmas": sigmas}.items() if value is not None]
