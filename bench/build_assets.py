@@ -15,7 +15,6 @@ import torch
 from bench.classifier_training import ClassifierTraining, train_classifier
 from bench.data import DataError, ImageData, load_images
 from bench.features import (
-    ASSETS,
     EXTRACTORS,
     STATISTICS,
     FeatureExtractor,
@@ -27,6 +26,7 @@ from bench.features import (
 from bench.judge import SAMPLES
 from bench.metrics import Moments, frechet_distance
 from bench.reference import save_reference_samples
+from bench.shipped import ASSETS
 
 NAME = "mnist_cnn"
 REFERENCE_SAMPLES = 5000

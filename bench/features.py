@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.metrics import Moments
+from bench.shipped import ASSETS
 from distill.checkpoint import CheckpointError, content_hash, load_weights, read_json, read_tensors, write_folder
 
 FORMAT = 1
-ASSETS = Path(__file__).parent / "assets"
 EXTRACTORS = {"mnist_cnn": ASSETS / "mnist-features"}
 STATISTICS = {"mnist": ASSETS / "mnist-stats"}
 Shape = tuple[int, int, int] | Literal["any"]  # (C, H, W) of the images, or any size of 1 or 3 channels

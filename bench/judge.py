@@ -11,9 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from bench.extractors import load_any_extractor
-from bench.features import ASSETS, FeatureExtractor, load_extractor, load_statistics, moments_hash
+from bench.features import FeatureExtractor, load_extractor, load_statistics, moments_hash
 from bench.metrics import FrechetReference, Moments, frechet_distance
 from bench.reference import judge_parts, load_reference_samples, reference_features, reference_of
+from bench.shipped import ASSETS
 from distill.checkpoint import read_json
 from distill.documents import Strict
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.network import Network, on_device
+from bench.shipped import found, shipped_students
 from bench.suite import StudentSpec
 from bench.zoo import BenchModel, judged
 from distill.checkpoint import load_checkpoint
@@ -24,7 +25,7 @@ def load_students(spec: StudentSpec, beside: BenchModel, device: str) -> dict[in
     """The students of a row, by the number of network calls, judged as the model beside them.
 
     Args:
-        spec: a student's folder or a folder of such folders.
+        spec: a student's folder or a folder of such folders, or the name of shipped ones.
         beside: the suite's model, whose samples have the same shape and classes.
         device: of torch; the dtype is that of `beside`.
 
@@ -38,11 +39,12 @@ def load_students(spec: StudentSpec, beside: BenchModel, device: str) -> dict[in
         checkpoint = load_checkpoint(folder)
         if not checkpoint.plans:  # such as what the first stage of guidance distillation leaves
             continue
-        student = judged(on_device(str(folder), checkpoint, device, beside.dtype), beside.judge)
+        name = str(Path(spec.student) / folder.relative_to(found(spec.student)))
+        student = judged(on_device(name, checkpoint, device, beside.dtype), beside.judge)
         check_alike(_row(spec), student, beside)
         for calls in student.plans:
             if calls in students:
-                both = f"{students[calls].name} and {folder}"
+                both = f"{students[calls].name} and {name}"
                 raise ValueError(f"{_row(spec)}: {both} were both trained for {calls} calls; give one of them")
             inputs_of(student, calls, spec.guidance)
             students[calls] = student
@@ -52,20 +54,21 @@ def load_students(spec: StudentSpec, beside: BenchModel, device: str) -> dict[in
 
 
 def is_student(model: str) -> bool:
-    """Whether a suite's model is the folder of a student; False for a name of the zoo, and for nothing there.
+    """Whether a suite's model is a student, shipped or in a folder; False for another name of the zoo, and for nothing there.
 
     Raises:
         distill.checkpoint.CheckpointError: a checkpoint that cannot be used.
     """
-    return (Path(model) / _CONFIG).is_file() and bool(load_checkpoint(model).plans)
+    return (found(model) / _CONFIG).is_file() and bool(load_checkpoint(found(model)).plans)
 
 
 def _folders(spec: StudentSpec) -> list[Path]:
     """The checkpoints at the folder or in it."""
-    root = Path(spec.student)
+    root = found(spec.student)
     if not root.is_dir():
         raise ValueError(
-            f"{_row(spec)}: there is no folder {root}; give a student's folder, or a folder of such folders"
+            f"{_row(spec)}: there is no folder {root}, and no shipped one of that name; give a student's folder, a folder of such "
+            f"folders, or one of {', '.join(shipped_students())}"
         )
     if (root / "students").is_dir():
         raise ValueError(f"{_row(spec)}: {root} is the folder of a run; give {root / 'students'}")

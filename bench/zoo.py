@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from bench.features import ASSETS, load_extractor, moments_hash
+from bench.features import load_extractor, moments_hash
 from bench.judge import DIGITS, FEATURES, Judge, JudgeSpec, digit_judge, folder_judge, judge_of
 from bench.meter import Meter
 from bench.metrics import FrechetReference
 from bench.network import Network, on_device
 from bench.pipelines import HUB, Reading, is_pipeline, load_pipeline
 from bench.problems import NAMES, Problem, load_problem
+from bench.shipped import ASSETS, found
 from distill.checkpoint import load_checkpoint
 from distill.config import DTYPES
 from samplers import EpsModel, schedules
@@ -87,8 +88,8 @@ def load_network(name: str, device: str, dtype: str, **reading: Any) -> Network:
         return on_device(name, load_checkpoint(TEACHER), device, dtype)
     if is_pipeline(name):
         return load_pipeline(name, device, dtype, **asked)
-    if Path(name).exists():
-        return on_device(name, load_checkpoint(name), device, dtype)
+    if found(name).exists():
+        return on_device(name, load_checkpoint(found(name)), device, dtype)
     if "/" in name:
         hint = f", such as {HUB}{name}" if name.count("/") == 1 and name[0] not in "./~" else ""
         raise ValueError(

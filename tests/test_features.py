@@ -18,7 +18,6 @@ from bench.build_assets import build_assets, main
 from bench.classifier_training import ClassifierTraining, augment, train_classifier
 from bench.data import DataError
 from bench.features import (
-    ASSETS,
     EXTRACTORS,
     STATISTICS,
     FeatureExtractor,
@@ -34,6 +33,7 @@ from bench.features import (
 )
 from bench.metrics import Moments, frechet_distance
 from bench.reference import load_reference_samples
+from bench.shipped import ASSETS
 from distill.checkpoint import CheckpointError
 
 TINY = ClassifierTraining(epochs=3, batch_size=32, learning_rate=0.02, width=4, hidden=8)
