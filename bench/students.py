@@ -67,8 +67,8 @@ def _folders(spec: StudentSpec) -> list[Path]:
     root = found(spec.student)
     if not root.is_dir():
         raise ValueError(
-            f"{_row(spec)}: there is no folder {root}, and no shipped one of that name; give a student's folder, a folder of such "
-            f"folders, or one of {', '.join(shipped_students())}"
+            f"{_row(spec)}: there is no folder {root}, and no shipped one of that name; give a student's folder, a folder "
+            f"of such folders, or one of {', '.join(shipped_students())}"
         )
     if (root / "students").is_dir():
         raise ValueError(f"{_row(spec)}: {root} is the folder of a run; give {root / 'students'}")
