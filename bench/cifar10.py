@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from bench.report import write_results
 from bench.suite import load_suite
 from bench.table import terminal
 from bench.zoo import load_model
-from distill.checkpoint import load_checkpoint, save_checkpoint
+from distill.checkpoint import load_checkpoint, read_json, save_checkpoint
 from distill.config import default_dtype
 from distill.methods import load_config, make_method
 from distill.trainer import Trainer, TrainingError
@@ -87,9 +87,18 @@ class Ended(Enum):
 
 
 def make_judge(work: Work) -> Ended:
-    """Train the classifier, and save it with the statistics of both splits."""
-    folder = work.out / "judge"
+    """Train the classifier, and save it with the statistics of both splits.
+
+    Raises:
+        ValueError: the one that is there was trained in another way.
+    """
+    folder, training = work.out / "judge", asdict(work.classifier)
     if (folder / MOMENTS).exists():
+        before = read_json(folder / FEATURES / "config.json")["info"]["training"]
+        changed = [name for name in training if before.get(name) != training[name]]
+        if changed:
+            was = ", ".join(f"{name}={before.get(name)}, now {training[name]}" for name in changed)
+            raise ValueError(f"the judge in {folder} was trained with {was}; give the old value, or another folder")
         return Ended.IDLE
     files = {split: work.data / f"{split}.parquet" for split in _SPLITS}
     data = {split: work.images(split) for split in _SPLITS}
@@ -97,7 +106,7 @@ def make_judge(work: Work) -> Ended:
     if labels is None:
         raise ValueError(f"{files['train']} has no labels; a classifier needs them")
     network, _ = train_classifier(data["train"].images, labels, work.classifier, device=work.torch_device)
-    info = {"data": {split: describe(data[split], file) for split, file in files.items()}}
+    info = {"data": {split: describe(data[split], file) for split, file in files.items()}, "training": training}
     save_extractor(folder / FEATURES, "cifar_cnn", network, info)
     extractor = load_extractor(folder / FEATURES, work.torch_device)
     accuracy = float((extractor.classify(data["test"].images) == data["test"].labels).mean())

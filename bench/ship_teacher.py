@@ -65,7 +65,12 @@ def judge(model: BenchModel, test_images: np.ndarray) -> Verdict:
     Args:
         model: from the zoo.
         test_images: (N, C, H, W) uint8, N >= 1000, of which the first 1000 are used.
+
+    Raises:
+        ValueError: fewer, whose distance would be larger for their number alone.
     """
+    if len(test_images) < COUNT:
+        raise ValueError(f"test_images must be at least {COUNT}, got {len(test_images)}")
     distances, agreement = {}, 0.0
     for nfe in (5, 100):
         batches = torch.arange(COUNT).split(125)

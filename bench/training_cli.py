@@ -14,10 +14,15 @@ from bench.command import plain_errors, resumable
 
 _ROOT = Path(__file__).parent.parent
 _PATH = click.Path(path_type=Path)
+_COURSE = ("warmup", "cooldown")  # of the learning rate
 _OPTIONS = (
     click.option("--data", type=_PATH, help="Parquet file, image folder, zip or npz."),
     click.option("--out", type=_PATH, help="Run folder; resumes what is in it."),
-    click.option("--images", type=click.IntRange(min=1), help="Training images to see, in each phase."),
+    click.option(
+        "--images",
+        type=click.IntRange(min=1),
+        help="Training images to see, in each phase; warmup and cooldown change in proportion.",
+    ),
     click.option("--device", type=click.Choice(["cpu", "auto"]), default="cpu", show_default=True),
     click.option(
         "--evaluate-samples",
@@ -85,8 +90,9 @@ def _settings(name: str, teaches: bool, images: int | None, **values: str | None
         raise ValueError(f"{name} is a run of method {config.method!r}; use `fewstep {right} {name}`")
     if images is not None:  # some methods count the images of some phases apart
         fields = type(config).model_fields
-        counts = [field for field in fields if field == "images" or field.endswith("_images")]
-        config = load_config(name, **given, **dict.fromkeys(counts, images))
+        counts = {field: images for field in fields if field == "images" or field.endswith("_images")}
+        course = {field: getattr(config, field) * images // config.images for field in fields if field in _COURSE}
+        config = load_config(name, **given, **counts, **course)
     teacher = getattr(config, "teacher", None)
     if teacher is not None and not Path(teacher).exists() and (_ROOT / teacher).exists():
         config = config.model_copy(update={"teacher": str(_ROOT / teacher)})  # shipped, and called from another folder

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distill.checkpoint import content_hash
 from distill.method import Batch
+
+_HASHED = 1000
 
 
 def examples(
@@ -45,6 +49,12 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     """The generator of a step's random choices."""
     # torch's CPU generator takes 32 bits: multiples of the golden ratio keep the steps of different seeds apart
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + step) % 2**32)
+
+
+def data_hash(images: Tensor, labels: Tensor | None) -> str:
+    """What identifies the data of a run: 16 hex digits of their number, their labels, and at most 1000 images among them."""
+    kept: dict[str, Any] = {"images": images[:: -(-len(images) // _HASHED)], "count": np.array(len(images))}
+    return content_hash(kept if labels is None else {**kept, "labels": labels})
 
 
 def check_data(images: Tensor, labels: Tensor | None, shape: tuple[int, ...], classes: int) -> None:

@@ -41,7 +41,7 @@ class Training(Strict):
         weight_decay: of AdamW.
         grad_clip: largest norm of the gradient.
         ema_half_lives: of the averages of the weights; the first one is judged and shipped, all are saved.
-        dtype: "bf16" (autocast), "fp32", or "auto" for `default_dtype` of the device a run begins on.
+        dtype: "bf16" (autocast), "fp32", or "auto" for `default_dtype` of the device a run begins on, which it keeps.
         mirror: whether half of the images of each batch are mirrored, which suits most photographs and no writing.
         compile: whether `torch.compile` compiles the network that is trained; a teacher is not compiled.
         seed: in [0, 2^31), of the first weights and of every batch.

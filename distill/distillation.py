@@ -17,6 +17,8 @@ from samplers import EpsModel, Plan
 from samplers.grid import points_of
 from samplers.registry import get_sampler
 
+_SAME_TIME = 1e-9
+
 
 class DistillationConfig(Training):
     """What every distillation is told.
@@ -72,6 +74,11 @@ class Distillation(Method):
         self.schedule = self.teacher.schedule
 
     @property
+    def needs_labels(self) -> bool:
+        """Whether the teacher takes labels: without any, the student would learn what the teacher does for none."""
+        return self.teacher.network.classes > 0
+
+    @property
     def identity(self) -> dict[str, str]:
         """The teacher's weights."""
         return {"teacher": content_hash(self.teacher.network.state_dict())}
@@ -86,8 +93,26 @@ class Distillation(Method):
         return self.model(frozen.to(device, memory_format=torch.channels_last))  # type: ignore[call-overload]
 
     def check_calls(self, *taught: Stretches, plans: tuple[Plan, ...] = ()) -> None:
-        """Raise ValueError where what a plan takes does not follow from the teacher's prediction."""
+        """Check that the teacher can be asked what the plans ask of it.
+
+        Args:
+            taught: the teacher's way in each phase.
+            plans: of the student.
+
+        Raises:
+            ValueError: what a plan takes does not follow from the teacher's prediction.
+            CheckpointError: the teacher is a student itself, and the first of `taught` calls it at times it was not trained for.
+        """
         model = EpsModel(self.teacher.network, self.schedule, self.teacher.predicts)
         for plan in (*plans, *(plan for stretches in taught for plan in stretches.plans)):
             for call in plan.calls:
                 model.affine(call.kind, call.t, call.alpha, call.sigma)
+        trained = [call.t for plan in self.teacher.plans.values() for call in plan.calls]
+        asked = {call.t for plan in taught[0].plans for call in plan.calls} if trained else set()
+        strange = sorted(t for t in asked if min(abs(t - known) for known in trained) > _SAME_TIME)
+        if strange:
+            raise CheckpointError(
+                f"teacher {self.config.teacher} is a student of {', '.join(map(str, sorted(self.teacher.plans)))} steps, and was "
+                f"trained at their times alone, not at t = {strange[0]:g}: give it sampler: ddim, substeps: 2 and steps that are "
+                "half of its own, or another teacher"
+            )

@@ -50,7 +50,6 @@ class Guided(Progressive):
     """Distils a teacher under guidance; see `GuidedConfig`. Phase 0 is stage one, the others are progressive."""
 
     settings = GuidedConfig
-    needs_labels = True
 
     def __init__(self, config: GuidedConfig) -> None:
         """Read the teacher; errors as in `Progressive`, and CheckpointError for one that never saw the null class."""

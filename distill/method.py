@@ -60,16 +60,19 @@ class Method(ABC):
         config: the settings, of the class `settings`.
         schedule: the noise schedule.
         phases: what is trained in turn, each from the averaged weights of the one before.
-        needs_labels: whether data without labels would teach nothing.
     """
 
     settings: ClassVar[type[Training]]
-    needs_labels: ClassVar[bool] = False
     schedule: Schedule
     phases: tuple[Phase, ...]
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether data without labels would teach something else than asked."""
+        return False
 
     @property
     def identity(self) -> dict[str, str]:

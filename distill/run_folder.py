@@ -20,7 +20,10 @@ from typing import Any
 from torch import Tensor
 
 from distill.checkpoint import CheckpointError, read_json, read_tensors, recover_folder, write_folder, write_text
-from distill.config import Training
+from distill.config import DTYPES, Training
+from distill.documents import read_yaml
+
+_CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class RunFolder:
         self, path: Path, config: Training, tell: Callable[[str], None], identity: dict[str, str] | None = None
     ) -> None:
         self.path, self.config, self.tell, self.identity = path, config, tell, identity or {}
+        self._data: str | None = None  # what the run began with
 
     def student(self, phase: str) -> Path:
         """Folder of what a phase left."""
@@ -74,9 +78,10 @@ class RunFolder:
             "rollbacks": state.rollbacks,
             "config": self.config.document(),
             "identity": self.identity,
+            "data": self._data,
         }
         write_folder(folder, state.tensors, {"state": document, "log": state.log})
-        write_text(self.path / "config.yaml", self.config.to_yaml())
+        write_text(self.path / _CONFIG, self.config.to_yaml())
         write_text(self.path / "log.jsonl", "".join(json.dumps(row) + "\n" for row in state.log))
         found = self._checkpoints()
         place = found.index(folder)
@@ -103,6 +108,19 @@ class RunFolder:
             raise CheckpointError(f"no checkpoint in {self.path} can be read: {'; '.join(problems)}")
         return None
 
+    def check_data(self, digest: str) -> None:
+        """Take note of what identifies the data.
+
+        Raises:
+            CheckpointError: the run began with other data.
+        """
+        if self._data not in (None, digest):
+            raise CheckpointError(
+                f"{self.path} is another run: its data had the hash {self._data}, now {digest}; give another folder, or the "
+                "old data"
+            )
+        self._data = digest
+
     def _folder(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:08d}"
 
@@ -124,6 +142,7 @@ class RunFolder:
         except (KeyError, TypeError, ValueError) as error:
             raise _Damaged(f"{folder} is not the state of a training run: {error!r}") from error
         self._check_same_run(folder, before, identity)
+        self._data = document.get("data")
         try:
             tensors = {name: read_tensors(folder / f"{name}.safetensors") for name in self._tensor_names()}
         except CheckpointError as error:
@@ -145,6 +164,13 @@ class RunFolder:
             if name not in self.config.may_change and before.get(name) != value:
                 was = f"{folder} is another run: {name} was {before.get(name)!r}, now {value!r}"
                 raise CheckpointError(f"{was}; give another folder or the old value")
+
+
+def begun_with(config: Training, path: Path) -> Training:
+    """The settings with the dtype that a run began with, where there is one in the folder and they leave it open."""
+    file = path / _CONFIG
+    begun = read_yaml(file).get("dtype") if config.dtype == "auto" and file.is_file() else None
+    return config.model_copy(update={"dtype": begun}) if begun in DTYPES else config
 
 
 class _Damaged(CheckpointError):

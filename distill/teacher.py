@@ -36,7 +36,7 @@ class TeacherConfig(Training):
             narrower one of the same layout, which `widened` makes wider.
     """
 
-    may_change: ClassVar[frozenset[str]] = Training.may_change | {"images", "cooldown", "init"}
+    may_change: ClassVar[frozenset[str]] = Training.may_change | {"images", "warmup", "cooldown", "init"}
 
     method: Literal["teacher"] = "teacher"
     network: dict[str, Any] = Field(default_factory=lambda: {"class": "PatchUNet"})

@@ -29,10 +29,10 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from distill.batches import check_data, examples, step_generator
+from distill.batches import check_data, data_hash, examples, step_generator
 from distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from distill.method import Batch, Method
-from distill.run_folder import RunFolder, State
+from distill.run_folder import RunFolder, State, begun_with
 from distill.weights import Weights
 from samplers.errors import unknown
 
@@ -77,7 +77,7 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=device == "cpu", mixed_precision="no", log_with=tracker, project_dir=str(folder)
         )  # the method casts, as `dtype` says
-        config = self.config = method.config = config.on(self.accelerator.device)
+        config = self.config = method.config = begun_with(config, Path(folder)).on(self.accelerator.device)
         self.method, self.evaluate, self.console = method, evaluate, Console()
         self.folder = RunFolder(Path(folder), config, self._tell, method.identity)
         self._check_division()
@@ -124,11 +124,12 @@ class Trainer:
         Raises:
             ValueError: images or labels that do not fit the network.
             TrainingError: the loss or the weights are NaN or Inf, more often than `rollbacks`; the last checkpoint is kept.
-            CheckpointError: a checkpoint could not be written; those before it are whole.
+            CheckpointError: a checkpoint could not be written, and those before it are whole; or the run began with other data.
         """
         check_data(images, labels, self.weights.network.shape, self.weights.network.classes)
         if labels is None and self.method.needs_labels:
             raise ValueError(f"labels must be given for the method {self.config.method!r}, the data have none")
+        self.folder.check_data(data_hash(images, labels))
         if self.config.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         first, losses, deadline = self.step, list[Tensor](), time.perf_counter() + 60.0 * minutes
@@ -205,7 +206,6 @@ class Trainer:
         self._phase = number
         if before is not None and self.at(self.step) == (number, 0):
             self.weights.begin(before.network.state_dict())
-            self.rate_factor = 1.0
 
     # checks and reports -----------------------------------------------------------------------------------------------
 
@@ -247,6 +247,8 @@ class Trainer:
             self._roll_back("a weight" if math.isfinite(loss) else "the loss")
             return False
         self._log(loss, steps, seconds)
+        if self._ends_phase() and self.step < self.steps:
+            self.rate_factor = 1.0  # the next phase has a rate of its own
         if saves:
             self._save()
         return True

@@ -29,7 +29,7 @@ def widened(narrow: PatchUNet, widths: Sequence[int], seed: int = 0) -> PatchUNe
         seed: of the random parts.
 
     Raises:
-        ValueError: other widths.
+        ValueError: other widths, or such that a trained shortcut between two widths would be dropped, as they would be equal.
     """
     old, new = list(narrow.arguments["widths"]), list(widths)
     if len(new) != len(old) or new[0] != old[0] or any(n % o or n < o for n, o in zip(new, old, strict=True)):
@@ -40,6 +40,9 @@ def widened(narrow: PatchUNet, widths: Sequence[int], seed: int = 0) -> PatchUNe
         raise ValueError(f"the last of widths must keep heads of {heads[0]} channels, got {new} with {heads[1]}")
     layout = _Layout(list(zip(old, new, strict=True)), narrow.arguments["layers"], heads[0])
     source, generator = narrow.state_dict(), torch.Generator().manual_seed(seed)
+    dropped = sorted(set(source) - set(wide.state_dict()))
+    if dropped:
+        raise ValueError(f"widths must leave every layer a place, got {new}, which has none for {dropped[0]}")
     weights = {
         name: _grown(name, source.get(name), tensor.shape, layout, generator)
         for name, tensor in wide.state_dict().items()

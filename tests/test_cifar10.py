@@ -90,6 +90,10 @@ def test_pieces_of_no_time_at_all_come_to_the_end(folder: Path) -> None:
         assert load_checkpoint(folder / "copy" / name).network.shape == (3, 32, 32)
     info = json.loads((folder / "copy/judge/features/config.json").read_text())["info"]
     assert 0.0 <= info["test_accuracy"] <= 1.0
+    given = ["--data", folder, "--out", folder / "run", "--device", "cpu", "--epochs", "2"]
+    result = CliRunner().invoke(cifar10.main, list(map(str, given)))
+    assert result.exit_code == 2
+    assert "was trained with epochs=1, now 2; give the old value, or another folder" in " ".join(result.output.split())
 
 
 def test_a_folder_without_the_files_is_named(tmp_path: Path) -> None:

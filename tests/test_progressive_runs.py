@@ -188,6 +188,21 @@ def test_a_student_that_takes_more_is_no_teacher(tmp_path: Path) -> None:
         Progressive(settings(tmp_path / "guided"))
 
 
+def test_a_student_teaches_the_steps_it_knows_and_no_others(uninterrupted: Path) -> None:
+    student = uninterrupted / "students" / "2-steps"
+    assert Progressive(settings(student, steps=(1,))).phases[0].calls == 2
+    for strange in ({"steps": (2, 1)}, {"steps": (1,), "sampler": "dpm-solver-2s"}, {"steps": (1,), "grid": "logsnr"}):
+        with pytest.raises(
+            CheckpointError, match="is a student of 2 steps, and was trained at their times alone, not at t = "
+        ):
+            Progressive(settings(student, **strange))
+
+
+def test_data_without_labels_are_refused_where_the_teacher_takes_them(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="labels must be given for the method 'progressive', the data have none"):
+        Trainer(Progressive(settings(teacher)), tmp_path).run(data()[0], None, quiet=True)
+
+
 def test_a_teacher_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         Progressive(settings(tmp_path / "nowhere"))

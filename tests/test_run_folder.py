@@ -151,7 +151,6 @@ CHANGES: dict[str, Any] = {
     "predicts": "eps",
     "batch_size": 8,
     "learning_rate": 1e-4,
-    "warmup": 0,
     "weight_decay": 0.1,
     "grad_clip": 2.0,
     "ema_half_lives": (10,),
@@ -163,6 +162,7 @@ CHANGES: dict[str, Any] = {
 }
 FREE: dict[str, Any] = {
     "images": 1000,
+    "warmup": 0,
     "cooldown": 0,
     "init": "elsewhere",
     "accumulate": 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,6 +12,7 @@ from test_students_in_bench import checkpoint, suite_of
 
 from bench import ship_students, shipped
 from bench.cells import resolve
+from bench.ship_teacher import judge
 from bench.students import is_student
 from bench.zoo import load_model
 from distill.checkpoint import load_checkpoint, save_checkpoint
@@ -73,3 +75,8 @@ def test_what_may_not_ship(assets, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="student 2-steps takes .* bytes in half precision; at most 1000 may ship"):
         ship_students.ship_students(tmp_path / "run", assets / "large")
     assert not (assets / "large").exists()
+
+
+def test_a_teacher_is_judged_against_enough_images():
+    with pytest.raises(ValueError, match="test_images must be at least 1000, got 200"):
+        judge(load_model("mnist"), np.zeros((200, 1, 28, 28), np.uint8))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from test_teacher import TINY, config, data, one_thread, trainer  # noqa: F401
 from torch import Tensor, nn
 
-from distill.checkpoint import Checkpoint, load_checkpoint
+from distill import config as configs
+from distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from distill.method import Batch, Phase
 from distill.teacher import Teacher, TeacherConfig
 from distill.trainer import Trainer, phase_costs
@@ -310,3 +311,23 @@ def test_the_cost_of_a_phase_is_what_its_rows_add() -> None:
         "c": {"images": 35, "minutes": 3.0},
     }
     assert phase_costs([]) == {}
+
+
+def test_the_data_of_a_run_may_not_change(uninterrupted: Path, tmp_path: Path) -> None:
+    images, labels = data()
+    trainer(tmp_path).run(images, labels, quiet=True, minutes=0.0)
+    for other in ((images.flip(0), labels), (images[:99], labels[:99]), (images, None)):
+        run = trainer(tmp_path)
+        with pytest.raises(
+            CheckpointError, match="is another run: its data had the hash .*, now .*; give another folder"
+        ):
+            run.run(*other, quiet=True)
+    trainer(tmp_path).run(images, labels, quiet=True)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+def test_a_run_keeps_the_dtype_it_began_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer(tmp_path, dtype="bf16").run(*data(), quiet=True, minutes=0.0)
+    monkeypatch.setattr(configs, "default_dtype", lambda device: "fp32")  # as on another processor
+    assert trainer(tmp_path, dtype="auto").config.dtype == "bf16"
+    assert trainer(tmp_path / "new", dtype="auto").config.dtype == "fp32"

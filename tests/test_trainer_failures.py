@@ -285,15 +285,20 @@ def test_a_run_that_fails_too_often_stops_and_keeps_its_checkpoint(
     trainer(tmp_path, **{**settings, "rollbacks": 5}).run(*data(), quiet=True)  # the user may allow more
 
 
-def test_a_rollback_in_a_later_phase_begins_that_phase_again(tmp_path: Path) -> None:
+def test_a_rollback_in_a_later_phase_begins_that_phase_again_with_half_the_rate(tmp_path: Path) -> None:
     method = Phased(phased_config())
     run = Trainer(method, tmp_path)
     spoil(run, 5, math.nan, times=1)
     run.run(*data(), quiet=True)
     assert [number for number, _ in method.begun] == [0, 1, 1]
-    assert [row["learning_rate"] for row in curve(tmp_path)] == pytest.approx([1e-3, 1e-3, 1e-3, 4e-3, 2e-3]), (
-        "the phase after it begins with the whole rate"
-    )
+    assert [row["learning_rate"] for row in curve(tmp_path)] == pytest.approx([1e-3, 1e-3, 1e-3, 2e-3, 1e-3])
+
+
+def test_a_phase_after_one_that_was_rolled_back_has_the_whole_rate(tmp_path: Path) -> None:
+    run = Trainer(Phased(phased_config()), tmp_path)
+    spoil(run, 1, math.nan, times=1)
+    run.run(*data(), quiet=True)
+    assert [row["learning_rate"] for row in curve(tmp_path)] == pytest.approx([5e-4, 5e-4, 5e-4, 4e-3, 2e-3])
 
 
 # a full disk ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from PIL import Image
 
 from bench.cli import main
 from bench.evaluate import evaluator
+from bench.training_cli import _settings
 from bench.training_plan import plan_training
 from distill.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from distill.method import Phase
@@ -109,6 +110,12 @@ def test_distill_gives_students_to_bench(data: Path, teacher: Path, halving: Pat
 def test_images_are_those_of_each_phase(teacher: Path, halving: Path) -> None:
     shown = said(run("distill", halving, "--teacher", teacher, "--images", 8, "--plan-only"))
     assert re.search(r"2-steps │ 8 │ 1 .* 1-step │ 8 │ 1 ", shown), shown
+
+
+def test_the_course_of_the_rate_is_in_proportion_to_images(tmp_path: Path) -> None:
+    config = write(tmp_path / "t.yaml", network=TINY, images=1000, warmup=100, cooldown=600, **RUN)
+    short = _settings(str(config), teaches=True, images=100)
+    assert (short.images, short.warmup, short.cooldown) == (100, 10, 60)
 
 
 # the plan ------------------------------------------------------------------------------------------------------------

@@ -87,6 +87,13 @@ def test_widths_that_do_not_follow_from_the_old_ones_are_refused(widths: list[in
         widened(narrow(widths=[16, 64]), widths)
 
 
+def test_widths_that_would_drop_a_trained_shortcut_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"widths must leave every layer a place, got \[64, 64\], which has none for unet\.down"
+    ):
+        widened(narrow(widths=[64, 32]), [64, 64])
+
+
 def test_heads_that_would_grow_are_refused() -> None:
     with pytest.raises(ValueError, match="the last of widths must keep heads of 16 channels"):
         widened(narrow(widths=[16, 16]), [16, 32])
