@@ -6,6 +6,7 @@ A network is a function `(x, t) -> prediction`, with t (B,) in the units that th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,17 @@ def through(nodes: Sequence[float], schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def shifted(sampler: str, shift: float) -> dict[str, Any]:
-    """The sampler's own grid on a flow with every time but the last shifted (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
-    schedule = schedules.flow()
-    *t, end = make_plan(sampler, schedule, steps=STEPS).times
-    return through([*(shift * time / (1 + (shift - 1) * time) for time in t), end], schedule)
+def shifted(sampler: str, shift: float) -> list[float]:
+    """The nodes of the sampler's own grid on a flow, every time but the last shifted (Esser et al. 2024, 2403.03206, eq. 23)."""
+    *t, end = make_plan(sampler, schedules.flow(), steps=STEPS).times
+    return [*(shift * time / (1 + (shift - 1) * time) for time in t), end]
+
+
+def flux_nodes() -> list[float]:
+    """Flux's pipelines ask for 1, ..., 1 / N themselves, shifted by exp(mu) where mu grows with the number of tokens, here 16."""
+    mu = 0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256)
+    t = np.linspace(1, 1 / STEPS, STEPS)
+    return [*(math.exp(mu) / (math.exp(mu) + 1 / t - 1)).tolist(), 0.0]
 
 
 def under(pipe: Any, sampler: str, call: dict[str, Any], states: list[Tensor] | None = None, **options: Any) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samplers import EpsModel, sample, schedules
+from samplers import EpsModel, guidance, sample, schedules
 from samplers.adapters.diffusers import eps_model_from_diffusers
 from samplers.adapters.guided_diffusion import eps_model_from_guided_diffusion, respaced, training_betas
 from samplers.adapters.variance import sample_learned_variance
@@ -66,6 +66,45 @@ def test_the_learned_variance_is_that_of_diffusers(spacing: str) -> None:
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-10 * float(theirs.abs().max()))
     fixed = sample(model, "ddpm", x_T=x, sigmas=nodes, noise_source=lambda k, like: noises[k])
     assert (fixed - theirs).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+@torch.no_grad()
+def test_clipping_changes_the_mean_and_not_the_learned_variance(scale: float) -> None:
+    """The loop of guided-diffusion by hand, with `clip_denoised`: its p_mean_variance and p_sample, on a respaced process."""
+    net, spacing = Learned(), "12"
+    model = eps_model_from_guided_diffusion(net, learn_sigma=True)
+    nodes = respaced(model.schedule, spacing)
+    labels, null = torch.tensor([0.3, -0.2]).double(), 0.1
+    noises = [randn(*X.shape, seed=k).double() for k in range(len(nodes))]
+
+    kept = torch.cumprod(1 - torch.from_numpy(training_betas("linear", 1000)), 0)
+    steps = [round(float(model.schedule.t_of_lam(-math.log(sigma)))) for sigma in nodes[:-1]]
+    x = X.double()
+    for k, t in enumerate(steps):
+        bar, before = kept[t], kept[steps[k + 1]] if k + 1 < len(steps) else torch.tensor(1.0).double()
+        beta = 1 - bar / before
+        eps, v = net(x, torch.tensor(t), labels).chunk(2, 1)
+        without = net(x, torch.tensor(t), torch.full_like(labels, null)).chunk(2, 1)[0]
+        eps = without + scale * (eps - without)
+        x0 = (x / bar.sqrt() - (1 / bar - 1).sqrt() * eps).clamp(-1, 1)
+        mean = beta * before.sqrt() / (1 - bar) * x0 + (1 - before) * (1 - beta).sqrt() / (1 - bar) * x
+        if k + 1 < len(steps):
+            smallest = (beta * (1 - before) / (1 - bar)).log()
+            share = (v + 1) / 2
+            mean = mean + (0.5 * (share * beta.log() + (1 - share) * smallest)).exp() * noises[k]
+        x = mean
+
+    guided = model if scale == 1 else guidance.classifier_free(model, scale, {"y": null})
+    how: dict[str, Any] = {"x_T": X.double(), "sigmas": nodes, "cond": {"y": labels}}
+    ours = sample_learned_variance(guidance.clip(guided), noise_source=lambda k, like: noises[k], **how)
+    assert torch.allclose(ours, x, rtol=0, atol=1e-10)
+    free = sample_learned_variance(guided, noise_source=lambda k, like: noises[k], **how)
+    assert (free - x).abs().max() > 1e-2
+    thresholded = sample_learned_variance(
+        guidance.threshold(guided, limit=1.0), noise_source=lambda k, like: noises[k], **how
+    )
+    assert torch.allclose(thresholded, x, rtol=0, atol=1e-10)  # whose limit makes it clip
 
 
 @torch.no_grad()

@@ -20,11 +20,15 @@ from pipeline_reference import (
     check,
     difference,
     epsilon_model,
+    flux,
+    flux_nodes,
     generator,
     guided,
     noise_from,
     normal,
     run_both,
+    sd3,
+    shifted,
     text_guided,
     text_pair,
     through,
@@ -39,6 +43,8 @@ TEXT = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": SCALE}
 IMAGE = torch.rand(1, 3, 16, 16, generator=generator(1)).double()
 MASK = torch.zeros(1, 1, 16, 16).index_fill_(3, torch.arange(8, 16), 1.0)  # the right half is painted anew
 LATENTS = (1, 4, 8, 8)
+SHORT = {"max_sequence_length": 16}
+FROM_NOISE = ("ddim", "dpmpp-2m", "heun", "dpm2", "dpmpp-2s", "dpm-solver-3s", "dpmpp-sde")  # up to three calls a step
 FLOAT32_TIMES = 2e-8  # a pipeline asks for the noise of a time that it holds in float32
 
 
@@ -79,6 +85,67 @@ def test_image_to_image(tiny_pipeline, sampler, strength):
     where = through(nodes, model.schedule)
     expected = sample(model, sampler, x_T=start, noise_source=noise_from(source), **where)
     check(f"StableDiffusionImg2ImgPipeline {strength}", sampler, difference(found, expected), FLOAT32_TIMES)
+
+
+@pytest.mark.parametrize("sampler", FROM_NOISE)
+@torch.no_grad()
+def test_image_to_image_on_a_flow(tiny_pipeline, sampler):
+    """The first step of the whole grid, from pure noise, has one call; the last int(steps * strength) are taken still."""
+    pipe = tiny_pipeline(tiny_pipelines.sd3, diffusers.StableDiffusion3Img2ImgPipeline)
+    call = {**TEXT, **SHORT, "height": 16, "width": 16}
+    found = under(pipe, sampler, {**call, "image": IMAGE, "strength": 0.5})
+
+    source = generator()
+    clean = pipe.vae.encode(2 * IMAGE - 1).latent_dist.sample(source) - pipe.vae.config.shift_factor
+    noise = torch.randn(LATENTS, generator=source, dtype=torch.float64)
+    model = epsilon_model(pipe.transformer, pipe.scheduler, sd3(pipe, **SHORT))
+    *_, before, last, end = shifted(sampler, 3.0)
+    start = (1 - before) * pipe.vae.config.scaling_factor * clean + before * noise
+    torch.manual_seed(SEED)  # this pipeline gives no generator to the scheduler
+    drawn = noise_from(torch.default_generator)
+    expected = sample(model, sampler, x_T=start, noise_source=drawn, **through([before, last, end], model.schedule))
+    check("StableDiffusion3Img2ImgPipeline, strength 0.5", sampler, difference(found, expected), FLOAT32_TIMES)
+
+
+@pytest.mark.parametrize("sampler", FROM_NOISE)
+@torch.no_grad()
+def test_image_to_image_where_the_pipeline_counts_calls(tiny_pipeline, sampler):
+    """Flux gives the nodes, and so takes strength as a share of the calls."""
+    pipe = tiny_pipeline(tiny_pipelines.flux, diffusers.FluxImg2ImgPipeline)
+    call = {"prompt": PROMPT, "guidance_scale": 3.5, **SHORT, "height": 16, "width": 16}
+    found = under(pipe, sampler, {**call, "image": IMAGE, "strength": 0.5})
+
+    source = generator()
+    clean = pipe.vae.encode(2 * IMAGE - 1).latent_dist.sample(source) - pipe.vae.config.shift_factor
+    noise = torch.randn(LATENTS, generator=source, dtype=torch.float64)
+    model = epsilon_model(pipe.transformer, pipe.scheduler, flux(pipe, 4, 3.5, **SHORT))
+    before, last, end = flux_nodes()[-3:]
+    start = (1 - before) * pipe.vae.config.scaling_factor * clean + before * noise
+    start = pipe._pack_latents(start, 1, 4, 8, 8)
+    torch.manual_seed(SEED)
+    drawn = noise_from(torch.default_generator)
+    expected = sample(model, sampler, x_T=start, noise_source=drawn, **through([before, last, end], model.schedule))
+    check("FluxImg2ImgPipeline, strength 0.5", sampler, difference(found, expected), FLOAT32_TIMES)
+
+
+@torch.no_grad()
+def test_pndm_begins_where_its_own_nodes_do(tiny_pipeline):
+    """Where a sampler cannot begin half way, strength 1 and nodes from a lower noise level on do the same."""
+    pipe = tiny_pipeline(tiny_pipelines.stable_diffusion, diffusers.StableDiffusionImg2ImgPipeline)
+    with pytest.raises(ValueError, match=r"use another sampler, or strength=1 and timesteps= or sigmas= that begin"):
+        under(pipe, "pndm", {**TEXT, "image": IMAGE, "strength": 0.5})
+    nodes = [600, 450, 300, 150, 20]
+    found = under(
+        pipe, "pndm", {**TEXT, "image": IMAGE, "strength": 1.0, "timesteps": nodes, "num_inference_steps": None}
+    )
+
+    source = generator()
+    clean = encoded(pipe, 2 * IMAGE - 1, source)
+    noise = torch.randn(LATENTS, generator=source, dtype=torch.float64)
+    model = epsilon_model(pipe.unet, pipe.scheduler, text_guided(pipe))
+    start = model.schedule.alpha(600.0) * clean + model.schedule.sigma(600.0) * noise
+    expected = sample(model, "pndm", x_T=start, **through([*nodes, -1], model.schedule))
+    assert difference(found, expected) < FLOAT32_TIMES
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

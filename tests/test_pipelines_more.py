@@ -193,35 +193,52 @@ def test_a_prediction_of_v_from_noise_alone(tiny_folder, sampler):
     check("StableDiffusionPipeline, zero SNR", sampler, run_both(pipe, TEXT, text_guided(pipe), START, sampler))
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m", "unipc-3", "deis-3", "euler-ancestral"])
+@pytest.mark.parametrize(
+    ("sampler", "final"),
+    [
+        *((name, None) for name in ("ddim", "dpmpp-2m", "unipc-3", "deis-3", "heun", "euler-ancestral")),
+        ("heun", "zero"),
+    ],
+)
 @torch.no_grad()
-def test_a_base_and_a_refiner_share_a_grid(tiny_pipeline, sampler):
-    """The base stops at a node of its plan, and the refiner's plan begins there."""
+def test_a_base_and_a_refiner_share_a_grid(tiny_pipeline, sampler, final):
+    """The base stops at a node of its plan, and the refiner's plan begins there.
+
+    The base of a two-call sampler stops after the first call of a step, where Heun's state is Euler's at the next node. With
+    clean data at the end pipelines take the refiner a step back, which a `denoising_start` below that node makes good.
+    """
     base = tiny_pipeline(tiny_pipelines.stable_diffusion_xl, diffusers.StableDiffusionXLPipeline)
     refiner = tiny_pipeline(tiny_pipelines.stable_diffusion_xl_refiner, diffusers.StableDiffusionXLImg2ImgPipeline)
-    handed = under(base, sampler, {**TEXT, "latents": START.clone(), "denoising_end": 0.6})
-    found = under(refiner, sampler, {**TEXT, "image": handed, "denoising_start": 0.6, "generator": generator(3)})
-
     size = [16.0, 16, 0, 0]
     first = epsilon_model(base.unet, base.scheduler, sized(base, torch.tensor([[*size, 16, 16]])))
     scored = (torch.tensor([[*size, score]]) for score in (6.0, 2.5))  # the aesthetic scores the pipeline assumes
     second = epsilon_model(refiner.unet, refiner.scheduler, sized(refiner, *scored))
-    plan = make_plan(sampler, first.schedule, steps=STEPS)
+    plan = make_plan(sampler, first.schedule, steps=STEPS, final=final)
     done = sum(t >= 400 for t in plan.times[:-1])
-    assert 0 < done < STEPS
+    assert 1 < done < STEPS
+
+    handed = under(base, sampler, {**TEXT, "latents": START.clone(), "denoising_end": 0.6}, final=final)
+    begin = 0.6 if final is None else 1 - (plan.times[done] - 1) / 1000
+    call = {**TEXT, "image": handed, "denoising_start": begin, "generator": generator(3)}
+    found = under(refiner, sampler, call, final=final)
+
     states = []
     sample(
         first,
         sampler,
         x_T=plan.sigma_T * START,
         steps=STEPS,
+        final=final,
         noise_source=noise_from(generator()),
         callback=lambda progress: states.append(progress.x.clone()),
     )
-    check("StableDiffusionXLPipeline, denoising_end", sampler, difference(handed, states[done - 1]))
+    if sampler == "heun":
+        states[done - 1] = sample(first, "euler", x_T=states[done - 2], timesteps=plan.times[done - 1 : done + 1])
+    what = "" if final is None else f", final={final}"
+    check(f"StableDiffusionXLPipeline, denoising_end{what}", sampler, difference(handed, states[done - 1]))
     rest = through(plan.times[done:], second.schedule)
     expected = sample(second, sampler, x_T=handed, noise_source=noise_from(generator(3)), **rest)
-    check("StableDiffusionXLImg2ImgPipeline, denoising_start", sampler, difference(found, expected))
+    check(f"StableDiffusionXLImg2ImgPipeline, denoising_start{what}", sampler, difference(found, expected))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m", "unipc-3", "deis-3", "heun"])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
-import numpy as np
 import pytest
 import tiny_pipelines
 import torch
@@ -26,6 +24,7 @@ from pipeline_reference import (
     difference,
     epsilon_model,
     flux,
+    flux_nodes,
     generator,
     guided,
     noise_from,
@@ -68,13 +67,6 @@ class Case(NamedTuple):
     where: Callable[[str], dict[str, Any]] | None = None
 
 
-def _flux_nodes(sampler: str) -> dict[str, Any]:
-    """FluxPipeline asks for 1, ..., 1 / N itself, shifted by exp(mu) where mu grows with the number of tokens."""
-    mu = 0.5 + (16 - 256) * (1.15 - 0.5) / (4096 - 256)
-    t = np.linspace(1, 1 / STEPS, STEPS)
-    return through([*(math.exp(mu) / (math.exp(mu) + 1 / t - 1)), 0.0], schedules.flow())
-
-
 CASES = {
     "stable-diffusion": Case(tiny_pipelines.stable_diffusion, diffusers.StableDiffusionPipeline, TEXT, text_guided),
     "controlnet": Case(
@@ -101,7 +93,7 @@ CASES = {
         diffusers.StableDiffusion3Pipeline,
         {**TEXT, **SHORT, "height": 16, "width": 16},
         lambda pipe: sd3(pipe, **SHORT),
-        where=lambda sampler: shifted(sampler, 3.0),
+        where=lambda sampler: through(shifted(sampler, 3.0), schedules.flow()),
     ),
     "flux": Case(
         tiny_pipelines.flux,
@@ -109,7 +101,7 @@ CASES = {
         {"prompt": PROMPT, "guidance_scale": 3.5, **SHORT, "height": 16, "width": 16},
         lambda pipe: flux(pipe, 4, 3.5, **SHORT),
         (1, 16, 16),
-        _flux_nodes,
+        lambda sampler: through(flux_nodes(), schedules.flow()),
     ),
 }
 

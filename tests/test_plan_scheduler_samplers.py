@@ -136,10 +136,13 @@ def rest(scheduler: Any, k: int) -> np.ndarray:
     return np.array(scheduler.plan.times[k:])
 
 
-@pytest.mark.parametrize("kind", ["discrete", "edm"])
+@pytest.mark.parametrize("kind", ["discrete", "edm", "zero_snr", "flow"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("pndm", "restart")])
 def test_a_loop_that_begins_later_is_sample_on_the_rest_of_the_grid(problem: Any, kind: str, name: str) -> None:
-    """As image-to-image pipelines begin: from data with noise, at `timesteps[t_start * order:]`."""
+    """As image-to-image pipelines begin: from data with noise, at `timesteps[t_start * order:]`.
+
+    The first step from pure noise, on the last two schedules, has one call whatever the sampler.
+    """
     _, net, model = problem(kind)
     scheduler = PlanScheduler.from_config(CONFIGS[kind], sampler=name)
     scheduler.set_timesteps(6)
@@ -156,30 +159,64 @@ def test_a_loop_that_begins_later_is_sample_on_the_rest_of_the_grid(problem: Any
         assert error(loop(scheduler, net, start, begin, noise_source=normals()), wanted) < 1e-10
 
 
-@pytest.mark.parametrize("kind", ["zero_snr", "flow"])
-@pytest.mark.parametrize("name", ["ddim", "dpmpp-2m", "unipc-3", "deis-3", "lms-4", "euler-ancestral", "sa-solver"])
-def test_from_pure_noise_too(problem: Any, kind: str, name: str) -> None:
+@pytest.mark.parametrize(("kind", "within"), [("discrete", 8), ("zero_snr", None)])
+def test_restart_begins_at_every_step_but_within_a_restart(problem: Any, kind: str, within: int | None) -> None:
     _, net, model = problem(kind)
-    scheduler = PlanScheduler.from_config(CONFIGS[kind], sampler=name)
-    scheduler.set_timesteps(6)
-    start = scheduler.scale_noise(Z, scheduler.timesteps[3:4].repeat(3), -Z)
-    wanted = sample(model, name, x_T=start, timesteps=rest(scheduler, 3), noise_source=normals())
-    scheduler.set_begin_index(3)
-    assert error(loop(scheduler, net, start, 3, noise_source=normals()), wanted) < 1e-10
+    scheduler = PlanScheduler.from_config(CONFIGS[kind], sampler="restart")
+    scheduler.set_timesteps(10)
+    for t_start in set(range(1, 10)) - {within}:
+        begin = t_start * scheduler.order
+        scheduler.set_begin_index(begin)
+        start = scheduler.add_noise(Z, -Z, scheduler.timesteps[begin])
+        wanted = sample(model, "restart", x_T=start, timesteps=rest(scheduler, t_start), noise_source=normals())
+        assert error(loop(scheduler, net, start, begin, noise_source=normals()), wanted) < 1e-10
+    if within is not None:
+        with pytest.raises(ValueError, match="from there on it takes other calls than when it begins at 0"):
+            scheduler.set_begin_index(within * scheduler.order)
 
 
-def test_heun_on_a_flow_passes_over_the_last_call_of_a_step(problem: Any) -> None:
-    """Its first step, from alpha = 0, is one call, so `t_start * order` points at the second call of another step."""
+@pytest.mark.parametrize("name", ["heun", "dpm2", "dpmpp-3s"])
+def test_where_nodes_are_given_a_pipeline_counts_calls(problem: Any, name: str) -> None:
+    """It takes the length of `timesteps` for the number of steps, as Flux's image to image does."""
     _, net, model = problem("flow")
-    scheduler = PlanScheduler.from_config(CONFIGS["flow"], sampler="heun")
-    scheduler.set_timesteps(5)
-    begin = 2 * scheduler.order
-    node = list(scheduler.plan.times).index(scheduler.plan.calls[begin].t)
-    assert node == 3  # the node where the inner call is, and where the next step begins
+    scheduler = PlanScheduler.from_config(CONFIGS["flow"], sampler=name)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 6, 6))
+    steps = len(scheduler.timesteps)
+    begin = int(steps - 0.5 * steps) * scheduler.order
+    assert scheduler.plan.calls[begin].t == scheduler.plan.times[3]  # half of six steps
     start = scheduler.scale_noise(Z, scheduler.timesteps[begin], -Z)
     scheduler.set_begin_index(begin)
-    wanted = sample(model, "heun", x_T=start, timesteps=rest(scheduler, node))
+    nodes = rest(scheduler, 3)
+    wanted = sample(model, name, x_T=start, steps=3, grid=lambda _, n: nodes[:n], final="zero")
     assert error(loop(scheduler, net, start, begin), wanted) < 1e-10
+    last = (steps - 1) * scheduler.order  # the smallest strength takes the last step
+    assert scheduler.plan.calls[last].t == scheduler.plan.times[5]
+
+
+def test_heun_passes_over_the_last_call_of_a_step(problem: Any) -> None:
+    """A refiner begins at the first call below a time, which may be the second of a step that the base has made."""
+    _, net, model = problem("discrete")
+    scheduler = PlanScheduler.from_config(CONFIGS["discrete"], sampler="heun")
+    scheduler.set_timesteps(5)
+    begin = 2 * scheduler.order - 1
+    assert scheduler.plan.calls[begin].t == scheduler.plan.times[2]
+    start = scheduler.add_noise(Z, -Z, scheduler.timesteps[begin])
+    scheduler.set_begin_index(begin)
+    wanted = sample(model, "heun", x_T=start, timesteps=rest(scheduler, 2))
+    assert error(loop(scheduler, net, start, begin), wanted) < 1e-10
+
+
+def test_the_order_is_a_number_as_any_other_but_for_its_multiples() -> None:
+    scheduler = PlanScheduler.from_config(CONFIGS["flow"], sampler="heun")
+    assert scheduler.order == 2
+    assert 3 * scheduler.order == 6  # before there are steps
+    scheduler.set_timesteps(4)
+    assert [i * scheduler.order for i in range(4)] == [scheduler.order * i for i in range(4)] == [0, 1, 3, 5]
+    assert (-1 * scheduler.order, 4 * scheduler.order, 9 // scheduler.order, 7 % scheduler.order) == (-2, 8, 4, 1)
+    afs = PlanScheduler.from_config(CONFIGS["discrete"], sampler="ddim", afs=True)
+    afs.set_timesteps(5)
+    for i in (2, 3, 4):  # the first step has no call
+        assert afs.plan.calls[i * afs.order].t == afs.plan.times[i]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from samplers import EpsModel, list_samplers, sample, schedules, tasks
+from samplers import EpsModel, list_samplers, make_plan, sample, schedules, tasks
 from samplers.tasks import Blur, Downsample, Grey, Mask, Matrix
 from samplers.tasks.inverse import METHODS
 
@@ -168,6 +168,38 @@ def test_on_a_mixture_the_gradient_helps_and_resampling_helps_more(mixture):
     how = {"steps": 60, "resamplings": 10, "jump": 5}
     repainted = tasks.inpaint(model, operator(truth), torch.tensor([False, True]), "ddpm", **how).x
     assert score(repainted) == pytest.approx(score(truth), abs=0.3)
+    travelled = tasks.restore(
+        model, operator, operator(truth), "ddpm", **how
+    ).x  # a mask is the projection of `inpaint`
+    assert score(travelled) == pytest.approx(score(truth), abs=0.3)
+    fresh = tasks.restore(model, operator, operator(truth), "consistency", steps=60).x
+    assert score(fresh) == pytest.approx(score(truth), abs=0.3)
+
+
+def test_ddnm_as_published_but_all_noise_fresh(mixture):
+    """The step of its authors' code, `x' = alpha' x0 + sigma' (eta z + sqrt(1 - eta^2) eps)`, by hand at eta = 1."""
+    model, truth = EpsModel(mixture.net(VP), VP), mixture.sample(8)
+    operator, noises = Mask(torch.tensor([True, False])), [randn(8, 2, seed=k) for k in range(6)]
+    plan = make_plan("consistency", VP, steps=6, final="zero")
+    x = plan.sigma_T * randn(8, 2, seed=9)
+    how = {"x_T": x, "noise_source": lambda k, like: noises[k]}
+    found = tasks.restore(model, operator, operator(truth), "consistency", steps=6, final="zero", **how)
+    for k, (t, end) in enumerate(zip(plan.times, plan.times[1:], strict=False)):
+        x0 = model.x0(x, t)
+        x0 = torch.stack([truth[:, 0], x0[:, 1]], 1)
+        x = VP.alpha(end) * x0 + VP.sigma(end) * noises[k] if k < 5 else x0
+    torch.testing.assert_close(found.x, x, rtol=1e-9, atol=1e-9)
+
+
+def test_time_travel_counts_its_calls():
+    operator = OPERATORS["downsample"]
+    result = tasks.restore(gaussian(VP), operator, operator(X), "dpmpp-2m", nfe=40, resamplings=2, jump=2)
+    assert 30 < result.nfe <= 40
+    assert result.nfe == result.plan.nfe
+    assert result.plan.sampler == "dpmpp-2m+resampled"
+    torch.testing.assert_close(operator(result.x), operator(X))
+    with pytest.raises(ValueError, match="jump must be a whole number, 1 to 4, less than the grid's 5 steps, got 5"):
+        tasks.restore(gaussian(VP), operator, operator(X), "ddim", steps=5, resamplings=2, jump=5)
 
 
 @pytest.mark.parametrize("method", ["ddnm", "pigdm", "dps"])

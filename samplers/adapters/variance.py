@@ -77,7 +77,9 @@ def sample_learned_variance(
 
     Args:
         model: as `eps_model_from_guided_diffusion` and `eps_model_from_diffusers` make it of a network with 2 C channels out; or
-            guided, where the variance is that of the conditional prediction, or with `batched=False` of the last one.
+            guided, where the variance is that of the conditional prediction, or with `batched=False` of the last one. Under
+            `guidance.clip` or `threshold` x0 is changed before the mean is made of it, and the variance is not, as with
+            `clip_denoised` of guided-diffusion.
         x_T, shape, seed, indices, steps, timesteps, sigmas, grid, final, noise_source, callback, cond, check: as in
             `samplers.sample`.
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from samplers.grid import Grid
-from samplers.job import Job, Result, prepare
+from samplers.job import Result
 from samplers.model import EpsModel, Scalar
-from samplers.plan import Plan
 from samplers.tasks.conditional import Corrected, Predict
-from samplers.tasks.img2img import from_strength
-from samplers.tasks.resampling import resampled
+from samplers.tasks.resampling import prepare_resampled
 from samplers.tasks.states import check_beside, check_tensor, noised
 
 
@@ -81,7 +77,7 @@ def inpaint(
     """
     check_tensor(model, "image", image)
     mask = checked_mask(mask, image)
-    job, plan = _planned(model, sampler, strength, resamplings, jump, how)
+    job, plan = prepare_resampled(model, sampler, resamplings, jump, how, strength)
     if x_T is None:
         x_T = noised(job.grid, image if strength < 1 else image * (1.0 - mask), job.noise(image))
     check_tensor(model, "x_T", x_T)
@@ -164,40 +160,3 @@ def checked_mask(mask: Tensor, image: Tensor) -> Tensor:
     if mask.dtype != torch.bool and not ((mask >= 0) & (mask <= 1)).all():
         raise ValueError(f"mask must lie in [0, 1], got {float(mask.min()):g} to {float(mask.max()):g}")
     return mask.to(image.dtype).view(*[1] * (image.ndim - mask.ndim), *mask.shape)
-
-
-def _planned(
-    model: EpsModel, sampler: str, strength: float, resamplings: int, jump: int, how: dict[str, Any]
-) -> tuple[Job, Plan | None]:
-    """The job, and the resampled plan where there is resampling."""
-    job = from_strength(prepare(model, sampler, **how), strength)
-    if resamplings == 1:
-        return job, None
-    if job.entry.adaptive:
-        raise ValueError(f"sampler {sampler!r} has no plan to resample: resamplings must be 1, got {resamplings!r}")
-    if job.afs:
-        raise ValueError(
-            "afs=True begins with start noise, which resampling adds at other nodes too; give resamplings=1"
-        )
-    budget = how.get("nfe")
-    if budget is None:
-        return job, _resampled(job, resamplings, jump)
-    # its grid was made for one way down: the longest that, with resampling, keeps to the budget is looked for
-    plan, steps = None, min(budget, math.ceil((budget // max(resamplings, 1) + jump) / strength)) + 1
-    while plan is None or plan.nfe > budget:
-        steps -= 1
-        job = from_strength(prepare(model, sampler, **{**how, "nfe": None, "steps": steps}), strength)
-        if plan is not None and job.grid.steps <= jump:
-            raise ValueError(
-                f"nfe must be at least {plan.nfe} for resamplings={resamplings} and jump={jump}, got {budget}"
-            )
-        plan = _resampled(job, resamplings, jump)
-    return job, plan
-
-
-def _resampled(job: Job, resamplings: int, jump: int) -> Plan:
-    def make(grid: Grid) -> Plan:
-        return job.entry.plan(grid, **job.options)
-
-    plan = resampled(make, job.grid, resamplings, jump)
-    return dataclasses.replace(plan, sampler=f"{job.entry.name}+resampled")

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from samplers.errors import unknown
-from samplers.job import Result, prepare
+from samplers.job import Result
 from samplers.model import EpsModel, Scalar
 from samplers.tasks.conditional import Corrected, Predict
 from samplers.tasks.operators import Downsample, Operator
+from samplers.tasks.resampling import prepare_resampled
 from samplers.tasks.states import check_beside, check_tensor, per_sample
 
 
@@ -25,6 +26,9 @@ def ddnm(model: EpsModel, operator: Operator, y: Tensor, noise: float = 0.0) -> 
     from the model. With noise, `A^+` becomes `A^T (A A^T + (noise / r)^2 I)^-1` with `r^2 = sigma^2 / (alpha^2 + sigma^2)`, which
     gives the mean of x0 given y if x0 is N(x0_hat, r^2 I): the correction fades where the measurement knows less than the state
     does. In DDNM+ (equation 17) it fades likewise, by a factor that follows from the sampler's step. No gradient is taken.
+
+    The noise of a step is the sampler's. That of the authors' code is mostly fresh: its eta = 0.85 is a share of sigma', not
+    DDIM's. `consistency` is their step with eta = 1; with samplers of less noise, resample (see `restore`).
 
     Args:
         model: the epsilon-model.
@@ -112,11 +116,17 @@ def restore(
     *,
     method: str = "ddnm",
     noise: float = 0.0,
+    resamplings: int = 1,
+    jump: int = 1,
     x_T: Tensor | None = None,
     scale: float | None = None,
     **how: Any,
 ) -> Result:
     """Sample images that a linear measurement may have come from.
+
+    What `ddnm` puts into x0 does not know of the rest of it. With `resamplings` above 1 every `jump` steps are taken several
+    times with fresh noise, so that the two come to agree: the time travel of DDNM (Wang et al. 2022, arXiv:2212.00490, section
+    3.3), which is the resampling of `inpaint`.
 
     Args:
         model: the epsilon-model.
@@ -126,22 +136,24 @@ def restore(
         method: "ddnm", and then without noise the result has exactly A x = y; "pigdm" or "dps", which take a gradient through the
             network.
         noise: standard deviation of the measurement's noise, at least 0.
+        resamplings: how often each `jump` steps are taken; 1 is once.
+        jump: steps that are taken back at once.
         x_T: start states (B, ...); None: drawn from `seed`.
         scale: of "pigdm" and "dps": factor on the gradient; None is 1.
-        how: all other arguments of `samplers.sample`.
+        how: all other arguments of `samplers.sample`; `nfe` is the budget of the whole, resampling included.
 
     Returns:
         The samples, with the nodes and network calls.
 
     Raises:
         ValueError, TypeError: as `samplers.sample`; y of a shape that the operator does not give, an unknown method, scale for a
-            method that has none.
+            method that has none; resampling as in `inpaint`.
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if not isinstance(operator, Operator):
         raise TypeError(f"operator must be a samplers.tasks operator, got {type(operator).__name__}")
-    job = prepare(model, sampler, **how)
+    job, plan = prepare_resampled(model, sampler, resamplings, jump, how)
     check_tensor(model, "y", y)
     like = operator.pinv(y)
     if x_T is None:
@@ -154,7 +166,7 @@ def restore(
     if options and method == "ddnm":
         raise ValueError(f"scale is of methods 'pigdm' and 'dps', got scale={scale} for method 'ddnm'")
     made: Callable[..., EpsModel] = METHODS[method]
-    result = job.run(made(model, operator, y, noise, **options), x_T)
+    result = job.run(made(model, operator, y, noise, **options), x_T, plan)
     if method == "ddnm" and noise == 0:  # a last node above sigma = 0 leaves some noise
         exact = result.x + operator.pinv(_residual(operator, y, result.x))
         return dataclasses.replace(result, x=exact)

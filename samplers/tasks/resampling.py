@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from samplers.draft import Draft
 from samplers.grid import Grid
+from samplers.job import Job, prepare
+from samplers.model import EpsModel
 from samplers.plan import Plan
 from samplers.program import START, Evaluate
+from samplers.tasks.img2img import from_strength
 
 
 def resampled(make: Callable[[Grid], Plan], grid: Grid, resamplings: int, jump: int) -> Plan:
@@ -52,6 +57,53 @@ def resampled(make: Callable[[Grid], Plan], grid: Grid, resamplings: int, jump: 
                 x = p.combine(None, (x, ratio), (p.noise(), math.sqrt(added)))
             x = _append(p, part, x, start if way == ways - 1 else None)
     return p.plan()
+
+
+def prepare_resampled(
+    model: EpsModel, sampler: str, resamplings: int, jump: int, how: Mapping[str, Any], strength: float = 1.0
+) -> tuple[Job, Plan | None]:
+    """A sampler made ready to run, and its resampled plan; None where `resamplings` is 1.
+
+    Args:
+        model, sampler, strength: as for `img2img`.
+        resamplings, jump: as for `resampled`.
+        how: other arguments of `samplers.sample`; `nfe` is the budget of the whole, resampling included.
+
+    Raises:
+        ValueError, TypeError: as `img2img` and `resampled`; resampling with an error-controlled sampler, with afs, or with a
+            budget that is too small for it.
+    """
+    job = from_strength(prepare(model, sampler, **how), strength)
+    if resamplings == 1:
+        return job, None
+    if job.entry.adaptive:
+        raise ValueError(f"sampler {sampler!r} has no plan to resample: resamplings must be 1, got {resamplings!r}")
+    if job.afs:
+        raise ValueError(
+            "afs=True begins with start noise, which resampling adds at other nodes too; give resamplings=1"
+        )
+    budget = how.get("nfe")
+    if budget is None:
+        return job, _of_job(job, resamplings, jump)
+    # its grid was made for one way down: the longest that, with resampling, keeps to the budget is looked for
+    plan, steps = None, min(budget, math.ceil((budget // max(resamplings, 1) + jump) / strength)) + 1
+    while plan is None or plan.nfe > budget:
+        steps -= 1
+        job = from_strength(prepare(model, sampler, **{**how, "nfe": None, "steps": steps}), strength)
+        if plan is not None and job.grid.steps <= jump:
+            raise ValueError(
+                f"nfe must be at least {plan.nfe} for resamplings={resamplings} and jump={jump}, got {budget}"
+            )
+        plan = _of_job(job, resamplings, jump)
+    return job, plan
+
+
+def _of_job(job: Job, resamplings: int, jump: int) -> Plan:
+    def make(grid: Grid) -> Plan:
+        return job.entry.plan(grid, **job.options)
+
+    plan = resampled(make, job.grid, resamplings, jump)
+    return replace(plan, sampler=f"{job.entry.name}+resampled")
 
 
 def _append(p: Draft, part: Plan, x: str, first: int | None) -> str:

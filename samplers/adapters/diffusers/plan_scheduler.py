@@ -26,7 +26,7 @@ from samplers.adapters.diffusers.states import (
     prediction_of,
     wide,
 )
-from samplers.adapters.diffusers.timeline import Planner, Timeline, as_timesteps, number, place
+from samplers.adapters.diffusers.timeline import Order, Planner, Timeline, as_timesteps, number, place
 from samplers.adapters.diffusers.training import training_of
 from samplers.execute import NoiseSource, draw_noise
 from samplers.grid import Nodes
@@ -101,6 +101,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         for report in reports:
             logger.warning(report)
         self._timeline: Timeline | None = None
+        self._places: list[int] = []  # where a pipeline's steps begin
         self._walk: Stepwise | None = None
         self._first = 0  # the place of the walk's first call
         self._moved = False  # whether scale_model_input has moved the state to it, where it must
@@ -143,8 +144,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def order(self) -> int:
-        """Network calls of a full step: a pipeline's step i begins at `timesteps[order * i]`."""
-        return self._entry.calls_with(self.config.options)
+        """Network calls of a full step: a pipeline's step i begins at `timesteps[i * order]`, see `Order`."""
+        return Order(self._entry.calls_with(self.config.options), self._places)
 
     @property
     def plan(self) -> Plan:
@@ -237,6 +238,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         for call in timeline.plan.calls:  # better an error here than in the loop
             model.affine(call.kind, call.t, call.alpha, call.sigma)
         self._timeline, self.timesteps, self.num_inference_steps = timeline, timeline.timesteps, count or grid.steps
+        self._places = timeline.places(by_calls=bool(given))
         self._walk = self._step_index = self._begin_index = None
         self._moved = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +36,33 @@ class Planner:
         """The plan on a grid."""
         plan = self.entry.plan(grid, **self.options)
         return analytical_first_step(plan) if self.afs else plan
+
+
+class Order(int):
+    """Network calls of a full step; `i * order` is the place in `timesteps` where a pipeline's step i begins.
+
+    Image-to-image pipelines begin at `timesteps[i * order:]`, as if every step had all its calls. One from alpha = 0 has a
+    single call, and a step with a restart has more, so the product is looked up, and multiplied out where i is no step.
+
+    Args:
+        calls: of a full step.
+        places: where each step begins.
+    """
+
+    places: tuple[int, ...]
+
+    def __new__(cls, calls: int, places: Sequence[int] = ()) -> Order:
+        """A number that knows where steps begin."""
+        order = super().__new__(cls, calls)
+        order.places = tuple(places)
+        return order
+
+    def __mul__(self, i: int) -> int:
+        if isinstance(i, int) and 0 <= i < len(self.places):
+            return self.places[i]
+        return super().__mul__(i)
+
+    __rmul__ = __mul__  # Python asks it before int's, as that of a subclass
 
 
 @dataclass(frozen=True)
@@ -86,6 +113,18 @@ class Timeline:
                 )
         return cls(planner, grid, plan, timesteps, tuple(timesteps.tolist()), _begins(plan))
 
+    def places(self, by_calls: bool) -> list[int]:
+        """The places at which a pipeline begins with its step 0, 1, ...
+
+        Args:
+            by_calls: whether its steps are the calls. That is how pipelines count where they were given the nodes, as they take
+                the length of `timesteps` for the number of steps; then a run begins with the next step of the sampler.
+        """
+        later = list(self.begins.items())[1:]
+        steps = range(1, len(self.times) if by_calls else self.grid.steps)
+        found = ([at for at, node in later if (at if by_calls else node) >= i] for i in steps)
+        return [0, *(places[0] if places else max(self.begins) for places in found)]
+
     def index_of(self, timestep: Any) -> int:
         """The place of a time; of two places the second, where a step of a two-call method begins.
 
@@ -122,7 +161,7 @@ class Timeline:
         if [call.t for call in plan.calls] != [call.t for call in calls[first:]]:
             raise ValueError(
                 f"sampler {name!r} cannot begin at index {index} of timesteps: from there on it takes other calls than when it "
-                "begins at 0; use strength=1, or another sampler"
+                "begins at 0; use another sampler, or strength=1 and timesteps= or sigmas= that begin at the noise level you want"
             )
         walk = Stepwise(plan)
         if walk.draws_first and not walk.start_is_free:
