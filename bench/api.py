@@ -33,6 +33,7 @@ def run(
     dtype: str = "auto",
     compile: str | None = None,
     share_first_call: bool = False,
+    overlap: bool = False,
     quiet: bool = False,
     **changes: Any,
 ) -> pd.DataFrame:
@@ -45,10 +46,12 @@ def run(
         out: results folder; by default results/SUITE-SAMPLES.
         samplers: labels of the suite or registered names; by default all of the suite.
         device: of torch.
-        dtype: "auto", "fp32" or "bf16", the network's.
+        dtype: "auto", "fp32", "bf16" or, on an accelerator, "fp16", the network's.
         compile: None, "loop" or "graph", as in `samplers.run_plan`.
         share_first_call: whether cells that start from the same noise at the same time share the first network call; it is
             counted all the same, and images a second are then too high.
+        overlap: whether a CUDA device samples the next batch while one is judged; images a second are then a lower bound, and
+            peak memory is that of both.
         quiet: whether nothing is printed.
         **changes: fields of the suite that are replaced, such as nfe=[5, 10] or num_samples=1000.
 
@@ -70,6 +73,7 @@ def run(
         dtype=dtype,
         compile=compile,
         share_first_call=share_first_call,
+        overlap=overlap,
         console=Console(quiet=quiet),
     )
     try:
@@ -89,6 +93,7 @@ def prepare(
     dtype: str,
     compile: str | None,
     share_first_call: bool,
+    overlap: bool,
     console: Console,
     shard: tuple[int, int] = (0, 1),
 ) -> Run:
@@ -99,8 +104,12 @@ def prepare(
     device = checked_device(workers.device(device))
     if compile == "graph" and not device.startswith("cuda"):
         raise ValueError(f"compile='graph' records a CUDA graph; device must be cuda, got {device!r}")
+    if overlap and not device.startswith("cuda"):
+        raise ValueError(
+            f"overlap=True judges beside sampling, which a CUDA device can; device must be cuda, got {device!r}"
+        )
     dtype = default_dtype(device) if dtype == "auto" else dtype
     model = load_model(suite.model, device, dtype, suite.judge, suite.num_samples, **suite.reading)
     folder = Path(out) if out is not None else Path("results") / f"{suite.name}-{suite.num_samples}"
-    running = Running(device, suite.batch_size, compile, share_first_call, workers)
+    running = Running(device, suite.batch_size, compile, share_first_call, workers, overlap)
     return Run(suite, model, folder, running, console, shard)

@@ -39,7 +39,11 @@ from bench.command import integers_in, names_in, plain_errors, resumable, wide_c
 )
 @click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="Of the network."
+    "--dtype",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Of the network; fp16 on an accelerator.",
 )
 @click.option(
     "--compile", type=click.Choice(["loop", "graph"]), help="The sampling loop: torch.compile, or a CUDA graph."
@@ -47,6 +51,7 @@ from bench.command import integers_in, names_in, plain_errors, resumable, wide_c
 @click.option(
     "--share-first-call", is_flag=True, help="Cells that start from the same noise share the first call, which counts."
 )
+@click.option("--overlap", is_flag=True, help="On CUDA: sample the next batch while one is judged.")
 @click.option("--shard", default="0/1", metavar="I/N", help="Measure every N-th cell, from I on; 0 <= I < N.")
 @click.option(
     "--dry-run", is_flag=True, help="Show the cells, their network calls and estimated minutes; measure nothing."

@@ -101,9 +101,9 @@ class Run:
 
     @property
     def overhead(self) -> float | None:
-        """What the engine took beside sampling and judging, as a share of them; None where nothing was measured."""
+        """What the engine took beside sampling and judging, as a share; None where nothing was measured, or overlapped."""
         useful = self.cost["sampling"] + self.cost["judging"]
-        return self.cost["whole"] / useful - 1.0 if useful else None
+        return self.cost["whole"] / useful - 1.0 if useful and not self.running.overlap else None
 
     def _measured(self, number: int, found: dict[int, Row], progress: Progress, task: TaskID) -> bool:
         """Whether a cell's row is in `found` now; False where another process measures it."""

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from bench.judge import Judge
 from bench.judging import Arrays, Metric
 from bench.metrics import Distance, frechet_interval
 from bench.network import Network
+from bench.overlap import Fetch, SamplingStream, pipelined
 from bench.provenance import energy_joules, peak_memory_mb
 from bench.students import run_network
 from bench.suite import SamplerSpec
 from bench.workers import Workers
 from distill.student import filled
 from samplers import SamplingError, sample
-from samplers.execute import Progress
+from samplers.execute import Callback, Progress
 from samplers.grid import make_grid
 from samplers.guidance.guided import Guided
 from samplers.meter import Counts
@@ -34,6 +35,7 @@ from samplers.program import START
 from samplers.registry import get_sampler
 
 Advance = Callable[[int], None]
+_Done = TypeVar("_Done")
 SHOWN = 80  # samples in a cell's picture
 FILMED, MOST_FRAMES = 8, 200  # samples whose way is shown, and states that are kept of it
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -49,6 +51,7 @@ class Running:
         compile: None, "loop" or "graph", as in `samplers.run_plan`.
         share_first_call: whether cells that start from the same noise at the same time share the first call's answer.
         workers: the processes among which batches are divided.
+        overlap: whether a batch is judged after the next one was begun, which an accelerator then samples meanwhile.
     """
 
     device: str
@@ -56,6 +59,7 @@ class Running:
     compile: str | None = None
     share_first_call: bool = False
     workers: Workers = field(default_factory=Workers)
+    overlap: bool = False
 
 
 def measure(
@@ -150,82 +154,122 @@ def _no_memory(error: BaseException) -> bool:
 def _sample_missing(
     cell: Cell, running: Running, missing: list[range], blocks: Blocks, advance: Advance, solution: Arrays | None
 ) -> None:
-    """Sample what no block holds, each process its share; a batch that does not fit into memory is halved, and those after it."""
-    queue, limit = missing[running.workers.rank :: running.workers.size], running.batch_size
+    """Sample and judge what no block holds, each process its share."""
+    queue = missing[running.workers.rank :: running.workers.size]
     advance((cell.num_samples - sum(map(len, queue))) * cell.calls)  # here already, or with the others
-    while queue:
-        batch = queue.pop(0)
-        if len(batch) > limit:
-            queue[:0] = [batch[:limit], batch[limit:]]
-        elif not _fits(lambda batch=batch: _sample_batch(cell, running, batch, blocks, advance, solution), cell, batch):  # type: ignore[misc]
-            limit = len(batch) // 2
-            queue.insert(0, batch)
-            cell.model.metered.compiled.clear()  # recorded loops hold memory of their own
-            if running.device.startswith("cuda"):
-                torch.cuda.empty_cache()
+    with SamplingStream(running.device, beside=running.overlap) as stream:
+        batches = _Batches(cell, running, blocks, advance, solution, stream, queue, running.batch_size)
+        pipelined(queue, batches.begin, batches.finish, ahead=running.overlap)
 
 
-def _fits(work: Callable[[], None], cell: Cell, batch: range) -> bool:
-    """Do the work; False where memory does not suffice and a smaller batch may do, which an error norm over it rules out."""
-    try:
-        work()
-    except (MemoryError, RuntimeError) as error:
-        if not _no_memory(error) or len(batch) == 1 or cell.plan is None:
-            raise
-        return False
-    return True
+@dataclass(frozen=True)
+class _Begun:
+    """A batch that is being sampled."""
+
+    batch: range
+    fetch: Fetch
+    frames: list[Tensor]  # states of the first samples on their way
+    counts: Counts
+    reported: int  # calls that were told of
+    joules: float  # NaN where the accelerator was judging too
 
 
-def _sample_batch(
-    cell: Cell,
-    running: Running,
-    batch: range,
-    blocks: Blocks,
-    advance: Advance,
-    solution: Arrays | None,
-) -> None:
-    reported, began, energy = 0, time.perf_counter(), energy_joules(running.device)
-    schedule, frames = cell.model.model.schedule, list[Tensor]()
-    few = max(FILMED - batch.start, 0) if cell.model.space is None else 0  # latents are no picture
+@dataclass
+class _Batches:
+    """The two halves of the work on a batch; one that does not fit into memory goes back into the queue, to be halved.
 
-    def report(step: Progress) -> None:
-        nonlocal reported
-        advance((step.nfe - reported) * len(batch))
-        reported = step.nfe
-        every = math.ceil(step.steps / MOST_FRAMES)
-        if few and (step.step % every == 0 or step.step == step.steps):
-            frames.append(step.x[:few].float().cpu() / math.hypot(schedule.alpha(step.t), schedule.sigma(step.t)))
+    Attributes:
+        cell, running, blocks, advance, solution: as for `measure`.
+        stream: where batches are sampled.
+        queue: batches to come.
+        limit: samples of a batch that fit, as far as is known.
+    """
 
-    indices = torch.arange(batch.start, batch.stop, device=running.device)
-    samples, counts = _samples(cell, running, indices, report)
-    sampled, joules = time.perf_counter(), energy_joules(running.device) - energy
-    rows = _known(cell, _pixels(cell.model, samples), batch, solution)
-    rows["film"] = torch.stack(frames, 1).numpy() if frames else np.empty((0, 0), np.float32)
-    totals = {"seconds": sampled - began, "judging_seconds": time.perf_counter() - sampled}
-    totals |= {"calls": counts.calls * len(batch), "evaluations": counts.evaluations}
-    totals |= {"depth": counts.depth * len(batch), "joules": joules}
-    blocks.put(batch, rows, totals)
-    advance((cell.calls - reported) * len(batch))
+    cell: Cell
+    running: Running
+    blocks: Blocks
+    advance: Advance
+    solution: Arrays | None
+    stream: SamplingStream
+    queue: list[range]
+    limit: int
+
+    def begin(self, batch: range) -> _Begun | None:
+        """Begin to sample a batch; None where it was put back into the queue."""
+        if len(batch) > self.limit:
+            self.queue[:0] = [batch[: self.limit], batch[self.limit :]]
+            return None
+        return self._fitting(batch, lambda: self._begin(batch))
+
+    def finish(self, begun: _Begun) -> None:
+        """Judge a batch, and keep what is known of it."""
+        self._fitting(begun.batch, lambda: self._finish(begun))
+
+    def _fitting(self, batch: range, work: Callable[[], _Done]) -> _Done | None:
+        """Do the work; None where memory does not suffice and a smaller batch may do, which an error norm over it rules out."""
+        try:
+            return work()
+        except (MemoryError, RuntimeError) as error:
+            if not _no_memory(error) or len(batch) == 1 or self.cell.plan is None:
+                raise
+        self.limit = min(self.limit, len(batch) // 2)
+        self.queue.insert(0, batch)
+        self.stream.wait()
+        self.cell.model.metered.compiled.clear()  # recorded loops hold memory of their own
+        if self.running.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        return None
+
+    def _begin(self, batch: range) -> _Begun:
+        reported, energy, frames = 0, energy_joules(self.running.device), list[Tensor]()
+        schedule = self.cell.model.model.schedule
+        few = max(FILMED - batch.start, 0) if self.cell.model.space is None else 0  # latents are no picture
+
+        def report(step: Progress) -> None:
+            nonlocal reported
+            self.advance((step.nfe - reported) * len(batch))
+            reported = step.nfe
+            every = math.ceil(step.steps / MOST_FRAMES)
+            if few and (step.step % every == 0 or step.step == step.steps):
+                frames.append(step.x[:few].float().cpu() / math.hypot(schedule.alpha(step.t), schedule.sigma(step.t)))
+
+        # the check for NaN waits for the network, and so comes with the samples
+        fetch = self.stream.begin(lambda: _samples(self.cell, self.running, batch, report, check=False))
+        joules = math.nan if self.running.overlap else energy_joules(self.running.device) - energy
+        return _Begun(batch, fetch, frames, self.cell.model.metered.counts, reported, joules)
+
+    def _finish(self, begun: _Begun) -> None:
+        batch, (samples, seconds), began = begun.batch, begun.fetch(), time.perf_counter()
+        if not bool(samples.isfinite().all()):  # sampled again, which names the step
+            self.stream.begin(lambda: _samples(self.cell, self.running, batch, None, check=True))()
+            raise SamplingError(f"{self.cell.spec.label} gave NaN or Inf, and a second run from the same noise did not")
+        rows = _known(self.cell, _pixels(self.cell.model, samples), batch, self.solution)
+        rows["film"] = torch.stack(begun.frames, 1).numpy() if begun.frames else np.empty((0, 0), np.float32)
+        totals = {"seconds": seconds, "judging_seconds": time.perf_counter() - began, "joules": begun.joules}
+        totals |= {"calls": begun.counts.calls * len(batch), "evaluations": begun.counts.evaluations}
+        totals |= {"depth": begun.counts.depth * len(batch)}
+        self.blocks.put(batch, rows, totals)
+        self.advance((self.cell.calls - begun.reported) * len(batch))
 
 
-def _samples(cell: Cell, running: Running, indices: Tensor, report: Any) -> tuple[Tensor, Counts]:
-    """Samples on the CPU, and what was asked of networks for them.
+def _samples(cell: Cell, running: Running, batch: range, report: Callback | None, check: bool) -> Tensor:
+    """Samples on the device, counted.
 
     Raises:
         RuntimeError: the network was asked more or less often than the plan and the guidance say.
     """
-    model = cell.model
+    model, indices = cell.model, torch.arange(batch.start, batch.stop, device=running.device)
     compiled = running.compile if cell.plan is not None else None
     model.metered.reset()
     model.meter.begin(_first_call(cell, indices) if shares(cell, running) else None)
     callback = None if compiled else report
     if cell.plan is not None:
-        how: dict[str, Any] = {"callback": callback, "compile": compiled}
+        how: dict[str, Any] = {"callback": callback, "compile": compiled, "check": check}
         x = run_network(model, cell.plan, cell.inputs, seed=cell.seed, indices=indices, **how)
     else:
         x = _error_controlled(cell, indices, callback)
     _check_counts(cell, model.metered.counts, len(indices))
-    return x.cpu(), model.metered.counts
+    return x
 
 
 def _check_counts(cell: Cell, counts: Counts, batch: int) -> None:
@@ -311,13 +355,14 @@ def _row(cell: Cell, running: Running, blocks: Blocks, arrays: Arrays) -> Row:
         "seconds": round(seconds, 3),
         "judging_seconds": round(judging, 3),
         "images_per_second": round(count / seconds, 2),
-        **({"energy_joules": round(joules, 1)} if joules else {}),
+        **({"energy_joules": round(joules, 1)} if joules > 0 else {}),  # NaN where a batch was judged meanwhile
         "peak_memory_mb": peak_memory_mb(running.device),
         "threads": torch.get_num_threads(),
         "processes": running.workers.size,
         "batch_size": running.batch_size,
         **({"compile": running.compile} if running.compile else {}),
         **({"shared_first_call": True} if shares(cell, running) else {}),
+        **({"overlapped": True} if running.overlap else {}),
         "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -16,10 +16,13 @@ from torch import Tensor
 from bench.meter import Meter
 from bench.prompts import PromptEncoder
 from distill.checkpoint import Checkpoint, content_hash
-from distill.config import DTYPES
+from distill.config import DTYPES as TRAINING_DTYPES
 from samplers import EpsModel, Plan
 from samplers.adapters.latent import LatentSpace
+from samplers.errors import unknown
 from samplers.meter import Metered
+
+DTYPES = {**TRAINING_DTYPES, "fp16": torch.float16}  # training has no fp16, whose gradients would need to be scaled
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Network:
         model: the epsilon-model.
         shape: of one sample.
         classes: number of labels; 0 for an unconditional model.
-        dtype: the network computes in, "fp32" or "bf16".
+        dtype: the network computes in, "fp32", "bf16" or "fp16".
         plans: of a student, the plan for each number of calls that it was trained for; empty for any other model.
         scalars: names of further inputs of the network, a number for each sample.
         info: what its checkpoint says of its training.
@@ -128,7 +131,8 @@ class Network:
 
 
 def on_device(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Network:
-    """A copy of a checkpoint's network on a device, in a dtype of `DTYPES`."""
+    """A copy of a checkpoint's network on a device, in a dtype as `torch_dtype` takes it."""
+    inside = torch_dtype(dtype, device)
     made_of = {
         "predicts": checkpoint.predicts,
         "schedule": checkpoint.schedule.config(),
@@ -136,12 +140,30 @@ def on_device(name: str, checkpoint: Checkpoint, device: str, dtype: str) -> Net
     }
     digest = model_hash(checkpoint.network.state_dict(), made_of)
     # Convolutions follow the layout of their weights; this one takes two thirds of the time on a processor.
-    layout: Any = {"dtype": DTYPES[dtype], "memory_format": torch.channels_last}
+    layout: Any = {"dtype": inside, "memory_format": torch.channels_last}
     network = copy.deepcopy(checkpoint.network).to(device, **layout)
-    model = EpsModel(Meter(in_dtype(network, DTYPES[dtype])), checkpoint.schedule, predicts=checkpoint.predicts)
+    model = EpsModel(Meter(in_dtype(network, inside)), checkpoint.schedule, predicts=checkpoint.predicts)
     trained: dict[str, Any] = {"plans": checkpoint.plans, "scalars": network.scalars, "info": checkpoint.info}
     trained["null_label"] = network.classes or None
     return Network(name, digest, model, network.shape, network.classes, dtype, device=device, **trained)
+
+
+def torch_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype of a network by its name.
+
+    Args:
+        dtype: "fp32", "bf16" or, on an accelerator, "fp16".
+        device: of torch.
+
+    Raises:
+        ValueError: an unknown name, or fp16 on a processor, of which only the newest do not emulate it: a convolution then takes
+            several times as long as in float32.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if dtype == "fp16" and torch.device(device).type == "cpu":
+        raise ValueError(f"dtype 'fp16' needs an accelerator, got device {device!r}; accepted there: 'fp32', 'bf16'")
+    return DTYPES[dtype]
 
 
 def model_hash(weights: Mapping[str, Tensor], made_of: Mapping[str, Any]) -> str:

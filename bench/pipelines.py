@@ -11,9 +11,8 @@ from torch import nn
 
 from bench.guidance import null_of
 from bench.meter import Meter
-from bench.network import Network, in_dtype, model_hash
+from bench.network import Network, in_dtype, model_hash, torch_dtype
 from bench.prompts import PromptEncoder, has_prompts, prompts_in
-from distill.config import DTYPES
 from samplers.adapters.diffusers import eps_model_from_diffusers
 from samplers.adapters.latent import LatentSpace
 
@@ -61,6 +60,7 @@ def load_pipeline(name: str, device: str, dtype: str, **reading: Any) -> Network
         ValueError: no such folder or id, no safetensors, a kind of pipeline or scheduler that is not understood, a VAE that
             does not fit, or prompts for a pipeline that takes none.
     """
+    torch_dtype(dtype, device)  # refused before weights are read
     return _loaded(_opened(name), name, device, dtype, Reading(**reading))
 
 
@@ -88,10 +88,11 @@ def _loaded(pipeline: Any, name: str, device: str, dtype: str, how: Reading) -> 
     factor = space.factor if space else 1
     height, width = _sides(pipeline, network, factor, how)
     digest = model_hash(network.state_dict(), _made_of(pipeline, network, space, how))
-    layout: Any = {"dtype": DTYPES[dtype], "memory_format": torch.channels_last}
+    inside = torch_dtype(dtype, device)
+    layout: Any = {"dtype": inside, "memory_format": torch.channels_last}
     network = nn.Module.to(network.eval().requires_grad_(False), device, **layout)  # without a remark of diffusers' own
     model = eps_model_from_diffusers(network, pipeline.scheduler)
-    model.net = Meter(in_dtype(model.net, DTYPES[dtype]))
+    model.net = Meter(in_dtype(model.net, inside))
     encoder = None
     if has_prompts(pipeline):
         encoder = PromptEncoder(pipeline, network, (height * factor, width * factor), device)

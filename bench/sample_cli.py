@@ -51,7 +51,13 @@ _FILMED = 10  # samples in a film
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the sampler, as eta=0.5; repeatable."
 )
 @click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True, help="Of the network.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the network; fp16 on an accelerator.",
+)
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=100, show_default=True, help="Does not change the samples."
 )

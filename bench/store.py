@@ -30,7 +30,7 @@ _SOURCES = (
     *("bench/intervals.py", "bench/metrics.py", "bench/sample_metrics.py", "bench/solver_error.py", "bench/judging.py"),
     *("samplers/adapters/diffusers/models.py", "samplers/adapters/diffusers/networks.py", "distill/network.py"),
     *("samplers/adapters/diffusers/training.py", "samplers/adapters/latent.py"),
-    *("samplers/adapters/variance.py", "bench/prompts.py"),
+    *("samplers/adapters/variance.py", "bench/prompts.py", "bench/overlap.py"),
 )
 WORK = "work"  # what is not finished
 _LOCK = ".lock"

@@ -108,6 +108,7 @@ def run_network(
     indices: Tensor,
     callback: Callback | None = None,
     compile: str | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Samples of a plan (B, ...) float32, from the noise and with the labels of their indices.
 
@@ -117,12 +118,13 @@ def run_network(
         inputs: as `inputs_of` gives them.
         seed: of all noise.
         indices: (B,) int64.
-        callback, compile: as in `run_plan`.
+        callback, compile, check: as in `run_plan`.
     """
     x_T = standard_normal(seed, indices, 0, model.shape, device=indices.device).mul_(plan.sigma_T)
     how: dict[str, Any] = {
         "callback": callback,
         "compile": compile,
+        "check": check,
         "cond": model.cond(indices) | filled(inputs, indices),
     }
     return run_plan(plan, model.metered, x_T, seed=seed, indices=indices, **how)

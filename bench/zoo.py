@@ -14,12 +14,11 @@ from bench.features import load_extractor, moments_hash
 from bench.judge import DIGITS, FEATURES, Judge, JudgeSpec, digit_judge, folder_judge, judge_of
 from bench.meter import Meter
 from bench.metrics import FrechetReference
-from bench.network import Network, on_device
+from bench.network import DTYPES, Network, on_device
 from bench.pipelines import HUB, Reading, is_pipeline, load_pipeline
 from bench.problems import NAMES, Problem, load_problem
 from bench.shipped import ASSETS, found
 from distill.checkpoint import load_checkpoint
-from distill.config import DTYPES
 from samplers import EpsModel, schedules
 from samplers.errors import unknown
 
@@ -54,7 +53,8 @@ def load_model(
         name: "mnist"; "gmm", "gmm-16" (of 16 dimensions), "cifar10-gmm" or "ideal:DATA", whose epsilon is exact; a checkpoint
             folder of training; the folder of a diffusers pipeline, or "hf:" and its id on the hub.
         device: of torch.
-        dtype: "fp32" or "bf16", the network's; states stay in float32. An exact epsilon has no network and ignores it.
+        dtype: "fp32", "bf16" or, on an accelerator, "fp16", the network's; states stay in float32. An exact epsilon has no
+            network and ignores it.
         judge: of images that no shipped judge is for, a folder as `bench.judge.folder_judge` takes it, or an extractor with
             real images; None is the shipped one, which judges 28 x 28 digits.
         num_samples: that will be judged, on which FID's name depends.

@@ -206,6 +206,7 @@ def test_error_controlled_samplers(tmp_path):
         (("--model", "gmm", "--init-image", "IMAGE"), "--init-image needs a model of images"),
         (("--model", "gmm", "--guidance", "2"), "no condition that stands for none"),
         (("--model", "gmm", "--out", "OUT"), "are no images; give a .png or a .npz"),
+        (("--dtype", "fp16"), "dtype 'fp16' needs an accelerator, got device 'cpu'"),
         (("--device", "cuda:99"), "--device 'cuda:99' cannot be used here"),
     ],
 )

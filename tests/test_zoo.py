@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from bench.metrics import frechet_distance
+from bench.network import in_dtype, torch_dtype
 from bench.ship_teacher import Verdict
 from bench.zoo import TEACHER, load_model
 from distill.checkpoint import CheckpointError
 from distill.config import default_dtype
+from distill.teacher import TeacherConfig
 from samplers import sample
 
 
@@ -47,6 +49,41 @@ def test_bf16_changes_the_digits_little(mnist):
     indices = torch.arange(20)
     difference = (digits(half, indices, nfe=6) - digits(mnist, indices, nfe=6)).abs()
     assert 0 < difference.mean() < 0.02
+
+
+def test_a_network_in_half_precision_is_given_states_of_its_own_dtype_and_they_stay_in_float32():
+    seen = []
+    net = in_dtype(lambda x, t: seen.append((x.dtype, t.dtype)) or 0.5 * x, torch.float16)
+    out = net(torch.full((2, 3), 1.0001), torch.ones(2))
+    assert seen == [(torch.float16, torch.float32)]
+    assert out.dtype == torch.float32
+    assert out.tolist() == [[0.5] * 3] * 2
+
+
+@pytest.mark.parametrize("name", ["mnist", str(TEACHER)])
+def test_fp16_is_refused_on_a_processor(name):
+    with pytest.raises(
+        ValueError, match="dtype 'fp16' needs an accelerator, got device 'cpu'; accepted there: 'fp32', 'b"
+    ):
+        load_model(name, dtype="fp16")
+
+
+def test_fp16_is_for_accelerators_and_not_for_training():
+    assert torch_dtype("fp16", "cuda:1") == torch.float16
+    assert torch_dtype("bf16", "cpu") == torch.bfloat16
+    with pytest.raises(ValueError, match="unknown dtype 'half'; accepted: bf16, fp16, fp32"):
+        torch_dtype("half", "cuda")
+    with pytest.raises(ValueError, match="dtype"):
+        TeacherConfig(dtype="fp16")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_fp16_changes_the_digits_less_than_bf16():
+    indices = torch.arange(20, device="cuda")
+    made = {name: digits(load_model("mnist", "cuda", name), indices, nfe=6) for name in ("fp32", "fp16", "bf16")}
+    differences = [float((made[name] - made["fp32"]).abs().mean()) for name in ("fp16", "bf16")]
+    assert 0 < differences[0] < differences[1] < 0.02
 
 
 def test_the_floor_is_that_of_the_two_splits_and_distances_have_their_names(mnist):
