@@ -10,7 +10,7 @@ bench: $(INSTALLED)
 	$(BIN)/fewstep bench
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

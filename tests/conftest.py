@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,26 @@ SCHEDULES = {
     "discrete": schedules.from_betas(_BETAS),
     "zero_snr": schedules.from_alphas_cumprod(np.append(np.cumprod(1 - _BETAS)[:-1], 0.0)),
 }
+
+# Coverage is of samplers/. These files test bench and distill, or repeat lines that the tests of samplers/ run: tracing them
+# costs half as much time again and adds no line.
+UNTRACED = re.compile(
+    """test_(
+    blocks|certify|checkpoint|cifar10|cli|compare|config|data|doctor|documents|endurance|engine|engine_work|
+    extractors|features|fit_cli|fitting|fuzz_plans|grid_sweep|guidance_in_bench|guided|html_report|ideal|
+    inception|intervals|judging|matching|metrics|metrics_speed|mixture|mixture_file|moments|problems|
+    progressive|progressive_runs|ranking|reference|rows|run_folder|sample_metrics|shipped|solver_error|spectral|
+    speed|store|students_in_bench|suite|table|teacher|trainer|trainer_failures|trainer_processes|
+    trainer_reports|training_cli|widen|zoo
+    )""",
+    re.VERBOSE,
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if UNTRACED.fullmatch(item.path.stem):
+            item.add_marker("no_cover")
 
 
 @pytest.fixture

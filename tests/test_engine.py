@@ -147,7 +147,7 @@ COMMAND = [
     "bench",
     "gmm",
     "--num-samples",
-    "400",
+    "120",
     "--batch-size",
     "20",
     "--nfe",
@@ -155,8 +155,22 @@ COMMAND = [
 ]
 
 
+QUICK = [*COMMAND[3:], "--samplers", "ddpm,ddim", "--nfe", "5", "--out"]
+COLUMNS = ["label", "budget", "nfe", "value", "low", "high"]
+
+
+def quick_table(folder):
+    assert CliRunner().invoke(main, [*QUICK, str(folder)]).exit_code == 0
+    return pd.read_csv(folder / "table.csv")[COLUMNS]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return quick_table(tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, number):
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, whole, number):
     out = tmp_path / "run"
     # a shell that starts a job in the background has it ignore SIGINT, and its children inherit that
     process = subprocess.Popen(
@@ -176,12 +190,8 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, number):
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     assert number == signal.SIGKILL or "the same command goes on from there" in message
     assert not (out / "table.csv").exists()
-    quick = [*COMMAND[3:], "--samplers", "ddpm,ddim", "--nfe", "5", "--out"]
-    for folder in (out, tmp_path / "whole"):
-        assert CliRunner().invoke(main, [*quick, str(folder)]).exit_code == 0
+    resumed = quick_table(out)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    columns = ["label", "budget", "nfe", "value", "low", "high"]
-    resumed, whole = (pd.read_csv(folder / "table.csv")[columns] for folder in (out, tmp_path / "whole"))
     pd.testing.assert_frame_equal(resumed, whole)
 
 

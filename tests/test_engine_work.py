@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner, Result
 from rich.console import Console
 
@@ -40,6 +42,7 @@ SUITE = Suite.model_validate(
 )
 QUIET = Console(quiet=True)
 COLUMNS = ["role", "label", "budget", "seed", "nfe", "value", "low", "high"]
+Command = Callable[[Path], list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -253,71 +256,92 @@ def test_a_dry_run_shows_the_cells_and_measures_nothing(tmp_path: Path) -> None:
     assert bench(*given, "--dry-run").output.count("done") == 8  # of ten, two have no plan
 
 
-COMMAND = [sys.executable, "-m", "bench", "bench", "gmm", "--num-samples", "600", "--batch-size", "25"]
-COMMAND += ["--nfe", "4,60", "--samplers", "ddpm,ddim"]
-
-
-def in_folder(out: Path, processes: int = 1) -> list[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*(start if processes > 1 else [COMMAND[0]]), *COMMAND[1:], "--out", str(out)]
+STOPPED = SUITE.changed(
+    num_samples=200, batch_size=20, nfe=[20, 40]
+)  # a cell of ten batches, tens of milliseconds each
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    """The table of an undisturbed run."""
-    out = tmp_path_factory.mktemp("whole")
-    subprocess.run(in_folder(out), check=True, capture_output=True, timeout=300)
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """`command(out)`: the arguments of `fewstep` that measure `STOPPED` in a folder."""
+    file = tmp_path_factory.mktemp("suite") / "tiny.yaml"
+    file.write_text(yaml.safe_dump(STOPPED.model_dump(mode="json", exclude_unset=True)))
+    return lambda out: ["bench", str(file), "--out", str(out)]
+
+
+def process(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
+    """`fewstep` in a process of its own, or in several under torchrun."""
+    group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    started = [sys.executable, *group, "-m", "bench", *arguments]
+    return subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_batches(out: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("work/*/*.npz"))) < count and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def finished(arguments: list[str], out: Path) -> pd.DataFrame:
+    """The table that the command ends with, in this process."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
     return pd.read_csv(out / "table.csv")[COLUMNS]
 
 
-def test_a_kill_within_a_cell_costs_the_batch_in_flight(tmp_path: Path, whole: pd.DataFrame) -> None:
+@pytest.fixture(scope="module")
+def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The table of an undisturbed run."""
+    out = tmp_path_factory.mktemp("whole")
+    return finished(command(out), out)
+
+
+def test_a_kill_within_a_cell_costs_the_batch_in_flight(tmp_path: Path, command: Command, whole: pd.DataFrame) -> None:
     out = tmp_path / "run"
-    process = subprocess.Popen(in_folder(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("work/*/*.npz"))) < 3 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
+    killed = process(command(out))
+    wait_for_batches(out, 3)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("work/*/[0-9]*.npz")}
     assert kept
-    subprocess.run(in_folder(out), check=True, capture_output=True, timeout=300)
-    pd.testing.assert_frame_equal(pd.read_csv(out / "table.csv")[COLUMNS], whole)
+    pd.testing.assert_frame_equal(finished(command(out), out), whole)
     assert not (out / "work").exists()
 
 
-def test_two_processes_on_one_folder_share_the_cells(tmp_path: Path, whole: pd.DataFrame) -> None:
+def test_two_processes_on_one_folder_share_the_cells(tmp_path: Path, command: Command, whole: pd.DataFrame) -> None:
     out = tmp_path / "run"
-    both = [
-        subprocess.Popen(in_folder(out), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)
-    ]
-    texts = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], texts
+    other = process(command(out))
+    wait_for_batches(out, 1)
+    ours = finished(command(out), out)
+    text = other.communicate(timeout=300)
+    assert other.returncode == 0, text
+    pd.testing.assert_frame_equal(ours, whole)
     pd.testing.assert_frame_equal(pd.read_csv(out / "table.csv")[COLUMNS], whole)
     assert len(list(out.glob("cells/*.json"))) == len(whole)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_under_torchrun_divide_the_samples(processes: int, tmp_path: Path, whole: pd.DataFrame) -> None:
-    done = subprocess.run(in_folder(tmp_path, processes), capture_output=True, timeout=300, text=True)
-    assert done.returncode == 0, done.stderr
+def test_processes_under_torchrun_divide_the_samples(tmp_path: Path, command: Command, whole: pd.DataFrame) -> None:
+    """Three, so that neither the 200 samples nor the ten batches of a cell divide evenly."""
+    group = process(command(tmp_path), 3)
+    said, wrong = group.communicate(timeout=300)
+    assert group.returncode == 0, wrong
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table.csv")[COLUMNS], whole, rtol=1e-6)
     records = [json.loads(path.read_text()) for path in tmp_path.glob("cells/*.json")]
-    assert {record["processes"] for record in records} == {processes}
-    assert done.stdout.count("table, plot and pictures") == 1
+    assert {record["processes"] for record in records} == {3}
+    assert said.count("table, plot and pictures") == 1
 
 
-def test_a_lost_worker_ends_the_run_cleanly_and_it_goes_on(tmp_path: Path, whole: pd.DataFrame) -> None:
+def test_a_lost_worker_ends_the_run_cleanly_and_it_goes_on(
+    tmp_path: Path, command: Command, whole: pd.DataFrame
+) -> None:
     out = tmp_path / "run"
-    group = subprocess.Popen(in_folder(out, 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("work/*/*.npz"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    group = process(command(out), 2)
+    wait_for_batches(out, 2)
     workers = [int(pid) for pid in Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()]
     os.kill(workers[-1], signal.SIGKILL)
     group.communicate(timeout=120)
     assert group.returncode != 0
-    subprocess.run(in_folder(out), check=True, capture_output=True, timeout=300)
-    pd.testing.assert_frame_equal(pd.read_csv(out / "table.csv")[COLUMNS], whole)
+    pd.testing.assert_frame_equal(finished(command(out), out), whole)
 
 
 def test_run_suite_is_a_run_with_the_suites_batches(gmm: BenchModel, tmp_path: Path) -> None:

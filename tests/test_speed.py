@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from bench import speed
 from bench.cli import main
+from distill import network
+from distill.network import PatchUNet
 from samplers import EpsModel, make_plan, run_plan
 from samplers.registry import SAMPLERS
 
@@ -56,6 +58,8 @@ def test_bandwidth_is_positive_and_finite():
 def test_command_writes_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "SHAPES", ((2, 3),))
     monkeypatch.setattr(speed.end_to_end, "__defaults__", (("ddim",), (1,), "cpu", 0.0))
+    small = PatchUNet(widths=(16,))
+    monkeypatch.setattr(network, "PatchUNet", lambda: small)
     out = tmp_path / "speed"
     done = CliRunner().invoke(main, ["speed", "--samplers", "ddim,unipc-3,ddpm", "--seconds", "0", "--out", str(out)])
     assert done.exit_code == 0, done.output
