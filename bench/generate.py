@@ -41,7 +41,8 @@ class Request:
         labels: of which sample i has number i modulo their count; empty: all labels in turn.
         prompts: likewise.
         negative: a prompt that guidance leads away from; "": none.
-        guidance: scale of classifier-free guidance, or the weight of a network that takes one; None: without.
+        guidance: scale of classifier-free guidance, of which 1 is none; a network that takes a weight is given one less. None:
+            without.
         image: (C, H, W) in [-1, 1], of pixels, to start from or to paint in.
         mask: (H, W) bool, true where to paint.
         task: strength, and with a mask resamplings and jump, as for `samplers.tasks`.
@@ -191,7 +192,8 @@ def _guided(request: Request, indices: Tensor) -> tuple[EpsModel, dict[str, Tens
     """The model under guidance, and the conditions of the samples."""
     network, cond = request.network, _conditions(request, indices)
     if network.scalars or request.own_plan:  # its guidance, if any, is an input
-        return network.model, cond | filled(inputs_of(network, request.calls, request.guidance), indices)
+        weight = None if request.guidance is None else request.guidance - 1.0
+        return network.model, cond | filled(inputs_of(network, request.calls, weight), indices)
     if request.guidance is None:
         return network.model, cond
     from samplers.guidance.classifier_free import classifier_free

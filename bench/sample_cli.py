@@ -46,7 +46,11 @@ _FILMED = 10  # samples in a film
 @click.option("--class", "classes", help="Label, or several separated by commas, in turn; by default all in turn.")
 @click.option("--prompt", "prompts", multiple=True, help="Of a model that takes text; repeatable, in turn.")
 @click.option("--negative-prompt", "negative", default="", help="What --guidance leads away from.")
-@click.option("--guidance", type=float, help="Scale of classifier-free guidance: 1 is none.")
+@click.option(
+    "--guidance",
+    type=float,
+    help="Scale of classifier-free guidance: 1 is none. For a guided student, its weight and 1.",
+)
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="Of the sampler, as eta=0.5; repeatable."
 )

@@ -12,7 +12,7 @@ from bench.cli import main
 from bench.data import load_images
 from distill.checkpoint import Checkpoint, save_checkpoint
 from distill.network import PatchUNet
-from distill.student import ddim_plan
+from distill.student import ddim_plan, load_student
 from samplers import schedules
 
 
@@ -122,6 +122,26 @@ def test_classes_cycle(tiny, tmp_path):
     a, b = (load_images(tmp_path / name).images for name in "ab")
     assert np.abs(a[1::2].astype(int) - b[1::2]).max() <= 1
     assert (a[0] != b[0]).any()
+
+
+def test_a_guided_student_is_given_the_scale_less_one(tiny, tmp_path):
+    torch.manual_seed(3)
+    network = PatchUNet(size=8, widths=[16, 16], classes=3, scalars=["guidance"]).eval()
+    torch.nn.init.normal_(network.unet.conv_out.weight, std=0.1)
+    schedule = schedules.cosine()
+    plan = ddim_plan(schedule, (schedule.t_max, 0.5, schedule.t_zero))
+    save_checkpoint(
+        tmp_path / "s", Checkpoint(network, schedule, "v", {"student": {"guidance": [0.0, 4.0]}}, {2: plan})
+    )
+    own = "--model", tmp_path / "s", "--num", 3, "--nfe", 2
+    assert run(*own, "--guidance", 3, "--out", tmp_path / "made").exit_code == 0
+    cond = {"class_labels": torch.arange(3)}
+    x = load_student(tmp_path / "s").sample(2, shape=(3, 1, 8, 8), cond=cond, guidance=2.0)
+    expected = ((x + 1) * 127.5).round().clamp(0, 255).numpy()
+    assert np.abs(load_images(tmp_path / "made").images - expected).max() <= 1
+    outside = run(*own, "--guidance", 6, "--out", tmp_path / "no")
+    assert outside.exit_code == 2
+    assert "guidance must be in the range trained for, 0 to 4, got 5" in " ".join(outside.output.split())
 
 
 def test_guidance_changes_the_samples(tiny, tmp_path):
