@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 _SUFFIX = ".npz"
+_TOTALS = "totals"
+_KEPT = 1 << 25  # bytes of blocks that are also kept in memory
 _DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError)
 
 
@@ -21,7 +23,8 @@ class Blocks:
     """Arrays with a row for each sample, kept in files that each hold the samples start .. stop - 1.
 
     Several processes may write blocks of one cell, as long as no two write the same sample. Samples may come in any order and
-    in blocks of any size, so that a batch may be halved on the way.
+    in blocks of any size, so that a batch may be halved on the way. The first 32 MiB that an object of this class writes it also
+    keeps in memory, so that what a small cell is judged by is not read back; the files are the same.
 
     Args:
         folder: of the cell; made when the first block is written.
@@ -30,6 +33,8 @@ class Blocks:
 
     def __init__(self, folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
         self.folder, self.tell = folder, tell
+        self._kept: dict[Path, dict[str, np.ndarray]] = {}
+        self._room = _KEPT
 
     def put(self, batch: range, rows: Mapping[str, np.ndarray], totals: Mapping[str, float] | None = None) -> None:
         """Save what is known of some samples; whole or not at all.
@@ -42,12 +47,18 @@ class Blocks:
         path = self.folder / f"{batch.start:09d}-{batch.stop:09d}{_SUFFIX}"
         self.folder.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.{os.getpid()}.new")
-        numbers = {f"total.{name}": np.float64(value) for name, value in (totals or {}).items()}
+        arrays = {name: np.asarray(values) for name, values in rows.items()}
+        if totals:  # as one array, since each takes as long to write as the samples of a small batch
+            arrays[_TOTALS] = np.array(tuple(totals.values()), dtype=[(name, np.float64) for name in totals])
         with new.open("wb") as handle:
-            np.savez(handle, **rows, **numbers)  # type: ignore[arg-type]
+            np.savez(handle, **arrays)  # type: ignore[arg-type]
             handle.flush()
             os.fsync(handle.fileno())
         new.replace(path)
+        size = sum(values.nbytes for values in arrays.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[path] = {name: values.copy() for name, values in arrays.items()}
 
     def check(self) -> None:
         """Remove the blocks that cannot be read (zip files carry check sums) or hold what another one holds, telling of each."""
@@ -88,22 +99,28 @@ class Blocks:
 
     def rows(self, name: str) -> Rows:
         """One array of all samples, read from the files as it is needed."""
-        return Rows(self._paths(), name)
+        return Rows(self._paths(), name, self._read)
 
     def total(self, name: str) -> float:
         """The sum of a number over the blocks."""
-        values = []
-        for path in self._paths():
-            with _opened(path) as file:
-                values.append(float(file[f"total.{name}"]))
-        return float(np.sum(values))
+        return float(np.sum([self._read(path, _TOTALS)[name] for path in self._paths()]))
 
     def remove(self) -> None:
         """Delete all blocks."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._kept.clear()
+
+    def _read(self, path: Path, name: str) -> np.ndarray:
+        """One array of a block."""
+        if path in self._kept:
+            return self._kept[path][name]
+        with _opened(path) as file:
+            array: np.ndarray = file[name]
+            return array
 
     def _paths(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob(f"*{_SUFFIX}") if not path.name.startswith("."))
+        names = os.listdir(self.folder) if self.folder.is_dir() else ()  # asked ten times a cell, and `glob` is slow
+        return [self.folder / name for name in sorted(names) if name.endswith(_SUFFIX) and not name.startswith(".")]
 
 
 class Rows:
@@ -112,17 +129,18 @@ class Rows:
     Args:
         paths: of the blocks in order.
         name: of the array.
+        read: an array of a block by path and name.
 
     Raises:
         ValueError: there are no blocks, or samples are missing between them.
     """
 
-    def __init__(self, paths: list[Path], name: str) -> None:
+    def __init__(self, paths: list[Path], name: str, read: Callable[[Path, str], np.ndarray]) -> None:
         ends = [_ends(path) for path in paths]
         starts = [start for start, _ in ends]
         if not paths or starts != [0, *(stop for _, stop in ends[:-1])]:
             raise ValueError(f"blocks must hold all samples from 0 on, got {[path.name for path in paths]}")
-        self.name, self._blocks = name, list(zip(ends, paths, strict=True))
+        self.name, self._blocks, self._read = name, list(zip(ends, paths, strict=True)), read
         self._kept: tuple[Path, np.ndarray] | None = None
         first = self._block(paths[0])
         self.shape, self.dtype = (ends[-1][1], *first.shape[1:]), first.dtype
@@ -142,8 +160,7 @@ class Rows:
 
     def _block(self, path: Path) -> np.ndarray:
         if self._kept is None or self._kept[0] != path:
-            with _opened(path) as file:
-                self._kept = (path, file[self.name])
+            self._kept = (path, self._read(path, self.name))
         return self._kept[1]
 
 

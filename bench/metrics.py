@@ -34,6 +34,8 @@ __all__ = [
 
 GAUSSIAN_KL = "gaussian_kl"  # the name of `gaussian_kl` as a metric
 _FID_SAMPLES = 50_000  # from which on FID needs no count in its name
+_FEW_FEATURES = 256  # up to which the standard error is made of all samples, since one costs d^2
+_ENOUGH = 8192  # samples that it is made of where features are more
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,30 +78,44 @@ def frechet_distance(a: Moments, b: Moments | FrechetReference) -> float:
     return _distance(a, reference.moments, values)
 
 
-def frechet_interval(features: Features, reference: Moments | FrechetReference, level: float = 0.95) -> Distance:
+def frechet_interval(
+    features: Features,
+    reference: Moments | FrechetReference,
+    level: float = 0.95,
+    *,
+    moments: Moments | None = None,
+) -> Distance:
     """The Frechet distance of N samples from a reference, with the confidence interval of the delta method.
 
     A sample x changes the distance by its influence `2 (mu_a - mu_b).(x - mu_a) + (x - mu_a)^T G (x - mu_a) - tr G A`
     over N, where `G = I - R (R^T A R)^(-1/2) R^T` is the gradient in the covariance A; the standard error is the standard
-    deviation of the influence over sqrt(N). The interval is about the mean of such estimates, and it says nothing of
+    deviation of the influence over sqrt(N). It is the first-order form of leaving samples out one by one, with one
+    eigenproblem in all. Of more than 8192 samples of more than 256 features it looks at 8192 drawn at random: a standard
+    deviation from n samples of kurtosis k is known to sqrt((k - 1) / (4 n)) of itself, 0.8 % for a normal influence.
+
+    The interval is about the mean of such estimates, and it says nothing of
     - their bias, which is upward, of order d / N: compare distances at equal N only (`frechet_infinity` removes it);
     - the sampling error of the reference.
     Where the distance is not large beside the bias (samples from the reference itself) the influence vanishes and the
-    interval is too narrow; where N is not well above d the covariance is singular and it is a rough guide.
+    interval is too narrow. Where N is not well above d the square root is not smooth, and where it is below d the covariance
+    is singular and directions without extent are left out of G: the interval errs on the wide side there, up to twofold.
 
     Args:
         features: (N, d), N >= 2, finite; read twice in blocks of rows, so that memory is a block and some (d, d).
         reference: moments of the same features.
         level: probability that the interval covers the mean of the estimates, in (0, 1).
+        moments: of these features, where they are known already, which saves one of the readings.
 
     Raises:
-        ValueError: as for `Moments.of` and `frechet_distance`, or a level outside (0, 1).
+        ValueError: as for `Moments.of` and `frechet_distance`, a level outside (0, 1), or moments of another count.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
     features = as_features(features)
+    if moments is not None and (moments.count, moments.dim) != tuple(features.shape):
+        raise ValueError(f"moments must be of the {tuple(features.shape)} features, got {(moments.count, moments.dim)}")
     reference = reference if isinstance(reference, FrechetReference) else FrechetReference(reference)
-    return _interval(features, Moments.of(features), reference, level)
+    return _interval(features, moments or Moments.of(features), reference, level)
 
 
 def frechet_infinity(
@@ -259,7 +275,8 @@ def _interval(features: Features, moments: Moments, reference: FrechetReference,
     """The distance with its interval, given the moments of the features."""
     values, factor = _gradient_factor(moments, reference)
     value = _distance(moments, reference.moments, values)
-    influence = _influence(features, moments.mean, moments.mean - reference.moments.mean, factor)
+    shift = moments.mean - reference.moments.mean
+    influence = _influence(features, _looked_at(*features.shape), moments.mean, shift, factor)
     # its mean is 0 up to 1 / N, so that the constant tr G A need not be known
     error = float(np.std(influence, ddof=1)) / math.sqrt(moments.count)
     return interval(value, error, moments.count, level, floor=0.0)
@@ -277,8 +294,21 @@ def _gradient_factor(a: Moments, reference: FrechetReference) -> tuple[np.ndarra
     return values, blas.dtrmm(1.0, reference.root, vectors[:, kept] * values[kept] ** -0.25, lower=1)
 
 
-def _influence(features: Features, mean: np.ndarray, shift: np.ndarray, factor: np.ndarray) -> np.ndarray:
-    """The influence of each sample up to a constant, (N,).
+def _looked_at(count: int, dim: int) -> np.ndarray:
+    """Which samples the standard error is made of, (N,) bool.
+
+    They are drawn at random, since samples in order may have classes that repeat with the step between them.
+    """
+    looked_at = np.full(count, dim <= _FEW_FEATURES or count <= _ENOUGH)
+    if not looked_at[0]:
+        looked_at[np.random.Generator(np.random.Philox(0)).choice(count, _ENOUGH, replace=False, shuffle=False)] = True
+    return looked_at
+
+
+def _influence(
+    features: Features, looked_at: np.ndarray, mean: np.ndarray, shift: np.ndarray, factor: np.ndarray
+) -> np.ndarray:
+    """The influence of each sample that is looked at up to a constant, (n,).
 
     `|F^T x|^2` is a sum of squares, so that its error is relative to itself and single precision bears it, which halves the
     cost; features that came in single precision have no more to lose.
@@ -286,8 +316,8 @@ def _influence(features: Features, mean: np.ndarray, shift: np.ndarray, factor: 
     if features.dtype.kind == "f" and features.dtype.itemsize <= 4:
         factor = factor.astype(np.float32)
     found = []
-    for _, block in blocks(features):
-        x = block - mean
+    for start, block in blocks(features):
+        x = block[looked_at[start : start + len(block)]] - mean
         y = x.astype(factor.dtype, copy=False) @ factor
         squares = np.einsum("nd,nd->n", x, x) - np.einsum("nm,nm->n", y, y, dtype=np.float64)
         found.append(2.0 * (x @ shift) + squares)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench import blocks as bench_blocks
 from bench.blocks import Blocks
 
 FEATURES = np.random.default_rng(0).standard_normal((23, 3))
@@ -96,3 +97,30 @@ def test_what_a_killed_writer_leaves_is_no_block(tmp_path: Path) -> None:
     assert blocks.missing(16, 8) == [range(8, 16)]
     blocks.remove()
     assert not tmp_path.exists()
+
+
+def test_what_was_put_is_not_read_back_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are whole all the same: another process reads the same arrays from them, and so does one beyond the limit."""
+    size = FEATURES[:8].nbytes + FEATURES[:2].nbytes + 8
+    monkeypatch.setattr("bench.blocks._KEPT", size)
+    blocks, read = Blocks(tmp_path / "cell"), []
+    for start, stop in [(0, 8), (8, 16), (16, 23)]:
+        put(blocks, start, stop)
+    opened = bench_blocks._opened
+    monkeypatch.setattr("bench.blocks._opened", lambda path: read.append(path.name) or opened(path))
+    assert np.array_equal(blocks.rows("features")[:8], FEATURES[:8])
+    assert read == []
+    assert np.array_equal(blocks.rows("features"), FEATURES)
+    assert len(read) == 2
+    other = Blocks(tmp_path / "cell")
+    assert np.array_equal(other.rows("features"), FEATURES)
+    assert other.total("seconds") == blocks.total("seconds") == 1.5
+
+
+def test_what_is_kept_is_as_it_was_put(tmp_path: Path) -> None:
+    blocks, rows = Blocks(tmp_path / "cell"), np.ones((4, 2))
+    blocks.put(range(4), {"features": rows})
+    rows[:] = 7.0
+    assert np.array_equal(blocks.rows("features"), np.ones((4, 2)))
+    blocks.remove()
+    assert blocks.missing(4, 4) == [range(4)]

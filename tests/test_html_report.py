@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import math
 import shutil
@@ -77,6 +78,13 @@ def folder(rows, tmp_path_factory):
         save_picture(out / "samples" / f"{name}.png", 40 * k)
     write_html_report(rows, 0.1, f"toy {EVIL}", {"commit": EVIL, "nfe": list(BUDGETS)}, out, f"a note {EVIL}")
     return out
+
+
+def pixels_of(uri):
+    kind, _, content = uri.partition(",")
+    assert kind == "data:image/webp;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def save_picture(path, shade):
@@ -296,13 +304,26 @@ def test_pictures_are_embedded_and_the_model_takes_those_of_its_plan(page, folde
     data = data_of(page)
     pictures = {(p["role"], p["label"], p["budget"]): p for p in data["points"]}
     heun = pictures["sampler", "heun", 20]
-    for name, file in (("picture", "heun-nfe20.png"), ("path", "heun-nfe20-path.png")):
-        content = (folder / "samples" / file).read_bytes()
-        assert heun[name] == "data:image/png;base64," + base64.b64encode(content).decode()
+    for name, shade in (("picture", 120), ("path", 160)):
+        assert np.unique(pixels_of(heun[name])).tolist() == [shade]
     assert pictures["sampler", "dpm", 4]["picture"] is None
     assert heun["picture"] != heun["path"]
-    teacher = base64.b64encode((folder / "samples" / "euler-nfe100.png").read_bytes()).decode()
-    assert pictures["teacher", "euler", 100]["picture"].endswith(teacher)
+    assert np.unique(pixels_of(pictures["teacher", "euler", 100]["picture"])).tolist() == [200]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("enlarged", [True, False])
+def test_pictures_are_embedded_exactly_and_without_the_enlargement(tmp_path, channels, enlarged):
+    """Every pixel of the file once; of the ways of eight samples, those of the first two."""
+    shade = np.random.default_rng(0).integers(0, 256, (48, 60, channels), dtype=np.uint8)
+    shown = shade.repeat(2, 0).repeat(2, 1) if enlarged else shade
+    (tmp_path / "samples").mkdir()
+    for ending in ("", "-path"):
+        Image.fromarray(shown.squeeze()).save(tmp_path / "samples" / f"a-nfe4{ending}.png")
+    page = write_html_report([{**row("a", 4, 1.0), "num_samples": 100}], 0.0, "t", {}, tmp_path).read_text("utf-8")
+    point = data_of(page)["points"][0]
+    np.testing.assert_array_equal(pixels_of(point["picture"]), np.broadcast_to(shade, (48, 60, 3)))
+    np.testing.assert_array_equal(pixels_of(point["path"]), np.broadcast_to(shade[:12], (12, 60, 3)))
 
 
 def test_only_pictures_of_the_folder_are_read(tmp_path):
@@ -315,7 +336,7 @@ def test_only_pictures_of_the_folder_are_read(tmp_path):
 def test_pictures_beyond_the_limit_are_counted(tmp_path, monkeypatch):
     for budget in BUDGETS:
         save_picture(tmp_path / "samples" / f"a-nfe{budget}.png", 7)
-    size = (tmp_path / "samples" / "a-nfe4.png").stat().st_size
+    size = len(html_report._encoded(tmp_path / "samples" / "a-nfe4.png"))
     monkeypatch.setattr(html_report, "_PICTURE_LIMIT", 2 * size)
     page = write_html_report([row("a", budget, 1.0) for budget in BUDGETS], 0.0, "t", {}, tmp_path).read_text("utf-8")
     data = data_of(page)
@@ -575,7 +596,8 @@ def test_slider_and_check_boxes_choose_the_pictures(shown):
     assert shown.texts("#budget-value") == ["20"]
     assert shown.count(".strip img") == 1
     assert [a[2] == b[2] for a, b in zip(first, second, strict=True)] == [False, False, True]
-    assert shown.each(".tiles", "e.complete && e.naturalWidth") == [20, 20, 20]
+    # of one shade, they are as good as enlarged, and the page has half of their 20 columns
+    assert shown.each(".tiles", "e.complete && e.naturalWidth") == [10, 10, 10]
     shown.click("#shown input")
     assert [entry[:2] for entry in pictured()] == [["heun", "sampler"], ["euler", "teacher"]]
 

@@ -7,10 +7,13 @@ import pytest
 import scipy.linalg
 import torch
 
+from bench.intervals import jackknife
 from bench.metrics import (
     FrechetReference,
     Moments,
     _gradient_factor,
+    _influence,
+    _looked_at,
     frechet_distance,
     frechet_infinity,
     frechet_interval,
@@ -103,6 +106,56 @@ def test_standard_error_is_that_of_the_jackknife():
     left_out = [frechet_distance(Moments.of(np.delete(features, i, axis=0)), reference) for i in range(400)]
     jackknife = np.std(left_out) * math.sqrt(399)
     assert frechet_interval(features, reference).standard_error == pytest.approx(jackknife, rel=0.02)
+
+
+@pytest.mark.parametrize("fault", [None, "factor", "mean"])
+def test_standard_error_of_blocks_is_that_of_their_jackknife(fault):
+    """To first order, leaving out a block moves the distance by its mean influence; half a gradient or no mean is seen."""
+    count, of_a_block = 6000, 20
+    features = draws(random_moments(6, 1, 0.1), count, 0)
+    reference = FrechetReference(random_moments(6, 2, 0.1))
+    moments = Moments.of(features)
+    factor, shift = _gradient_factor(moments, reference)[1], moments.mean - reference.moments.mean
+    factor, shift = factor * (0.5**0.5 if fault == "factor" else 1.0), shift * (fault != "mean")
+    influence = _influence(features, np.full(count, True), moments.mean, shift, factor)
+    first_order = influence.reshape(of_a_block, -1).mean(1).std(ddof=1) / math.sqrt(of_a_block)
+    exact = jackknife(lambda rows: frechet_distance(Moments.of(rows), reference), features, of_a_block)
+    agrees = abs(first_order / exact.standard_error - 1) < 0.03
+    assert agrees == (fault is None)
+
+
+def test_a_part_of_many_samples_of_many_features_gives_the_standard_error(monkeypatch):
+    """A sixth of the samples, in blocks: the value is of all, and the standard error within three of its own."""
+    features, reference = draws(random_moments(3, 1), 12_000, 0), random_moments(3, 2)
+    whole = frechet_interval(features, reference)
+    monkeypatch.setattr("bench.moments._ELEMENTS", 3 * 1000)
+    monkeypatch.setattr("bench.metrics._ENOUGH", 2000)
+    assert frechet_interval(features, reference).standard_error == pytest.approx(whole.standard_error, rel=1e-12)
+    monkeypatch.setattr("bench.metrics._FEW_FEATURES", 2)
+    part = frechet_interval(features, reference)
+    assert part.value == pytest.approx(whole.value, rel=1e-12)
+    assert part.count == 12_000
+    assert 0 < abs(part.standard_error / whole.standard_error - 1) < 3 * math.sqrt(0.5 * 2 / 2000)
+    assert part == frechet_interval(features, reference)
+
+
+def test_what_is_looked_at_is_all_up_to_the_limits_and_the_limit_beyond():
+    assert _looked_at(8192, 2048).all()
+    assert _looked_at(20_000, 256).all()
+    part = _looked_at(20_000, 257)
+    assert part.shape == (20_000,)
+    assert part.sum() == 8192
+    # of ten classes in turn, each has its share
+    shares = np.bincount(np.flatnonzero(part) % 10) / 8192
+    assert shares.min() > 0.085
+    assert shares.max() < 0.115
+
+
+def test_moments_that_are_known_save_a_reading():
+    features, reference = draws(random_moments(3, 1), 300, 0), random_moments(3, 2)
+    assert frechet_interval(features, reference, moments=Moments.of(features)) == frechet_interval(features, reference)
+    with pytest.raises(ValueError, match=r"moments must be of the \(300, 3\) features, got \(299, 3\)"):
+        frechet_interval(features, reference, moments=Moments.of(features[1:]))
 
 
 def test_features_in_single_precision_have_the_interval_of_double(monkeypatch):
@@ -232,6 +285,17 @@ def test_interval_with_a_singular_covariance_is_finite():
     assert all(map(math.isfinite, (found.value, found.low, found.high, found.standard_error)))
     same = frechet_interval(np.ones((5, 3)), random_moments(3, 2))
     assert same.standard_error == 0.0
+
+
+@pytest.mark.parametrize("count", [12, 24, 30])
+def test_interval_of_fewer_samples_than_features_errs_on_the_wide_side(count):
+    """Where the square root has no derivative; 6 features of 30 that hardly vary do no harm either."""
+    spread = np.where(np.arange(30) < 24, np.geomspace(1.0, 0.1, 30), 1e-7)
+    reference = FrechetReference(Moments(np.zeros(30), np.diag(spread**2), 0))
+    rng = np.random.default_rng(0)
+    found = [frechet_interval(rng.standard_normal((count, 30)) * spread * 1.2 + 0.1, reference) for _ in range(200)]
+    ratio = np.mean([d.standard_error for d in found]) / np.std([d.value for d in found])
+    assert 0.95 < ratio < 2.0
 
 
 def test_mixture_moments_and_distance():

@@ -34,7 +34,7 @@ def test_the_report_agrees_with_torchmetrics(tmp_path):
         "distance of two moments",
         "root of the reference, once",
         "distance from a reference",
-        "distance with its interval, two passes",
+        "distance with its interval, given the moments",
         "torchmetrics' compute from the same two moments",
     ]
 
