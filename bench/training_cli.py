@@ -89,9 +89,9 @@ def _settings(name: str, teaches: bool, images: int | None, **values: str | None
         right = "distill" if teaches else "train"
         raise ValueError(f"{name} is a run of method {config.method!r}; use `fewstep {right} {name}`")
     if images is not None:  # some methods count the images of some phases apart
-        fields = type(config).model_fields
+        fields = config.document()
         counts = {field: images for field in fields if field == "images" or field.endswith("_images")}
-        course = {field: getattr(config, field) * images // config.images for field in fields if field in _COURSE}
+        course = {field: fields[field] * images // fields["images"] for field in _COURSE if field in fields}
         config = load_config(name, **given, **counts, **course)
     teacher = getattr(config, "teacher", None)
     if teacher is not None and not Path(teacher).exists() and (_ROOT / teacher).exists():
