@@ -156,11 +156,15 @@ def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: 
 def _scheduler(method: Method, device: torch.device) -> Any:
     import diffusers
 
-    diffusers.utils.logging.set_verbosity_error()  # it warns of each setting it changes, once a run
-    scheduler = getattr(diffusers, method.scheduler)(
-        **({} if method.scheduler == "IPNDMScheduler" else {"trained_betas": _BETAS.numpy()}), **method.settings
-    )
-    scheduler.set_timesteps(STEPS, device=device)
+    told = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()  # it warns of each setting it changes
+    try:
+        scheduler = getattr(diffusers, method.scheduler)(
+            **({} if method.scheduler == "IPNDMScheduler" else {"trained_betas": _BETAS.numpy()}), **method.settings
+        )
+        scheduler.set_timesteps(STEPS, device=device)
+    finally:
+        diffusers.utils.logging.set_verbosity(told)
     return scheduler
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_teacher import data, one_thread  # noqa: F401
 from torch import Tensor, nn
 
+from bench.shipped import ASSETS
 from distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from distill.config import CONFIGS
 from distill.method import Batch
@@ -212,4 +213,7 @@ def test_the_shipped_run_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(CONFIGS.parent.parent)
     method = make_method(load_config("mnist-progressive"))
     assert [phase.name for phase in method.phases] == ["8-steps", "4-steps", "2-steps", "1-step"]
-    assert method.phases[-1].images > method.phases[0].images
+    info = load_checkpoint(ASSETS / "mnist-progressive/1-step").info
+    assert {phase.name: phase.images for phase in method.phases} == {n: p["images"] for n, p in info["phases"].items()}
+    settings = {name: value for name, value in method.config.document().items() if name not in ("dtype", "teacher")}
+    assert settings == {name: value for name, value in info["training"].items() if name not in ("dtype", "teacher")}
