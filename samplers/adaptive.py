@@ -21,16 +21,19 @@ class Network:
     """A model's calls, counted and limited.
 
     Attributes:
+        dtype: what the network takes and gives; the states outside may be of a wider one.
         calls: how many there were.
         t: the time of the last one.
     """
 
-    def __init__(self, model: EpsModel, cond: Mapping[str, Any] | None, nfe: int | None, tolerances: str) -> None:
+    def __init__(
+        self, model: EpsModel, dtype: torch.dtype, cond: Mapping[str, Any] | None, nfe: int | None, tolerances: str
+    ) -> None:
         self.model, self.cond, self.nfe, self.tolerances = model.begin(), {} if cond is None else cond, nfe, tolerances
-        self.calls, self.t = 0, math.nan
+        self.dtype, self.calls, self.t = dtype, 0, math.nan
 
     def __call__(self, x: Tensor, t: float, alpha: float, sigma: float, kind: str) -> Tensor:
-        """The model's output as `kind`.
+        """The model's output as `kind`, in the dtype of x.
 
         Raises:
             SamplingError: the limit is reached.
@@ -40,25 +43,35 @@ class Network:
                 f"{self.tolerances} needs more than nfe={self.nfe} network calls; allow more calls or a larger tolerance"
             )
         self.calls, self.t = self.calls + 1, t
-        out, (by_x, by_out) = self.model.evaluate(x, t, alpha, sigma, kind, self.cond)
+        out, (by_x, by_out) = self.model.evaluate(x.to(self.dtype), t, alpha, sigma, kind, self.cond)
+        out = out.to(x.dtype)
         return out * by_out + x * by_x if by_x else out * by_out
 
 
+def widened(x: Tensor) -> Tensor:
+    """The same in float32 at least: in half precision an error estimate is the state's rounding and little else."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def through_nodes(
-    network: Network, grid: Grid, x: Tensor, callback: Callback | None, advance: Callable[[Tensor, int], Tensor]
+    network: Network, grid: Grid, x_T: Tensor, callback: Callback | None, advance: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
     """The state at the last node, by `advance(x, i)` from each node to the next; one first-order step to sigma = 0.
+
+    `advance` gets and gives widened states; the result, and what the callback is told, have the dtype of x_T.
 
     Raises:
         SamplingError: the result is NaN or Inf.
     """
+    x = widened(x_T)
     for i in range(grid.steps):
         if grid.sigma[i + 1] == 0:
             x = network(x, float(grid.t[i]), float(grid.alpha[i]), float(grid.sigma[i]), "x0")
         else:
             x = advance(x, i)
         if callback is not None:
-            callback(Progress(i + 1, grid.steps, float(grid.t[i + 1]), network.calls, x))
+            callback(Progress(i + 1, grid.steps, float(grid.t[i + 1]), network.calls, x.to(x_T.dtype)))
+    x = x.to(x_T.dtype)
     if not torch.isfinite(x).all():
         raise SamplingError("the adaptive integrator ended in NaN or Inf")
     return x
@@ -99,20 +112,21 @@ def integrate(
         method: of torchdiffeq: "dopri5" (Dormand & Prince 1980), "bosh3", "dopri8"; or "lsoda", SciPy's, which works in
             float64 on the CPU. Where LSODA turns to implicit steps, the Jacobian is approximated by its diagonal, so that its
             memory grows with the batch and not with its square.
-        rtol, atol: tolerances on y, in the norm over the whole batch.
+        rtol, atol: tolerances on y, in the norm over the whole batch: a sample depends on its batch to that extent. Less than
+            a network of half precision rounds buys nothing, and costs "dopri8" and "lsoda" hundreds of calls.
         nfe: the most network calls; None is no limit.
         callback: called with a `Progress` at every node.
         cond: passed to every network call.
 
     Returns:
-        The state at the last node, shape of x_T.
+        The state at the last node, shape and dtype of x_T; between the calls it is kept in float32 at least.
 
     Raises:
         ValueError: a tolerance that is not positive.
         SamplingError: NaN or Inf, a step size that underflows, or a tolerance that `nfe` calls do not reach.
     """
     check_positive(rtol=rtol, atol=atol)
-    network = Network(model, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
+    network = Network(model, x_T.dtype, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
     slope = Slope(network, grid)
     segment = _lsoda if method == _LSODA else solve
     theta = torch.atan2(*(torch.as_tensor(a, dtype=torch.float64) for a in (grid.sigma, grid.alpha)))

@@ -59,7 +59,7 @@ def integrate_dpm(
         cond: passed to every network call.
 
     Returns:
-        The state at the last node, shape of x_T.
+        The state at the last node, shape and dtype of x_T; between the calls it is kept in float32 at least.
 
     Raises:
         ValueError: a value out of range.
@@ -68,7 +68,7 @@ def integrate_dpm(
     check_positive(rtol=rtol, atol=atol, h_init=h_init, theta=theta)
     if theta > 1:
         raise ValueError(f"theta must lie in (0, 1], got {theta}")
-    network = Network(model, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
+    network = Network(model, x_T.dtype, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
     control = _Control(network, grid, order, rtol, atol, h_init, theta)
     return through_nodes(network, grid, x_T, callback, control.advance)
 

@@ -10,7 +10,11 @@ _LARGEST_AMOUNT = 1e100
 
 
 class SamplingError(RuntimeError):
-    """Sampling failed inside the network: it returned NaN or Inf. The message names the step and the time."""
+    """Sampling failed while it ran; the message says where or why.
+
+    The network gave NaN or Inf, or an error-controlled sampler cannot keep to its tolerance: its limit of network calls is
+    spent, or its step size underflows.
+    """
 
 
 def unknown(what: str, given: object, accepted: Iterable[str]) -> ValueError:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +16,11 @@ from samplers.model import Affine, EpsModel, Scalar
 from samplers.noise import check_seed, standard_normal
 from samplers.plan import Plan
 from samplers.program import Call, Program, Sum
+from samplers.schedule import Schedule
 
 NoiseSource = Callable[[int, Tensor], Tensor]
 COMPILE = ("loop", "graph")
-_SINGLE_PASS_FROM = 16384  # numbers; below it the views that `addr` needs cost more than the pass over memory they save
+_SAME_LEVEL = 1e-4  # relative; a table in single precision differs by less, and another schedule by much more
 
 
 class Progress(NamedTuple):
@@ -66,8 +68,8 @@ def run_plan(
         noise_source: `(k, like) -> Tensor` of like's shape, instead of the seed; k counts the noises that are used.
         callback: called with a `Progress` at the end of every step.
         cond: passed to every network call as keyword arguments.
-        check: True looks for NaN and Inf once at the end, and on failure replays to find the step; "each" looks after
-            every call, False never.
+        check: True looks for NaN and Inf once at the end, and on failure runs again to find the step, noise_source too;
+            "each" looks after every call, False never.
         compile: "loop" compiles the whole loop with torch.compile, "graph" records it as one CUDA graph; both once for each
             plan, shape and dtype, kept with the model, and both hold all noises of the plan at once. No callback then.
 
@@ -75,8 +77,8 @@ def run_plan(
         The result, shape, dtype and device of x_T.
 
     Raises:
-        ValueError, TypeError: bad arguments, or a network that returns another shape.
-        SamplingError: NaN or Inf from the network; names the step and the time.
+        ValueError, TypeError: bad arguments, a plan that was made on another schedule, or a network that returns another shape.
+        SamplingError: NaN or Inf from the network; names the step and the time, where a second run meets it too.
     """
     if not isinstance(check, bool) and check != "each":
         raise ValueError(f"check must be True, False or 'each', got {check!r}")
@@ -85,8 +87,9 @@ def run_plan(
     if compile is not None and (callback is not None or check == "each"):
         raise ValueError(f"compile={compile!r} runs the loop as a whole: it has no callback and no check='each'")
     check_start(model, x_T)
+    check_handlers(callback, cond)
     cond = {} if cond is None else cond
-    draw = noise_source if noise_source is not None else seeded_noise(seed, sample_indices(indices, len(x_T)))
+    draw = noise_of(noise_source, seed, indices, len(x_T))
     if compile is not None:
         from samplers.compiled import run_compiled
 
@@ -95,7 +98,7 @@ def run_plan(
         x = Loop.of(plan, model, x_T).run(x_T, draw, cond, _watch(plan, callback, each=check == "each"))
     if check is True and not _finite(x):
         Loop.of(plan, model, x_T).run(x_T, draw, cond, _watch(plan, None, each=True))
-        raise SamplingError(f"sampler {plan.sampler!r} gave NaN or Inf, and a second run from the same noise did not")
+        raise SamplingError(f"sampler {plan.sampler!r} gave NaN or Inf, and a second run to find the step did not")
     return x
 
 
@@ -132,8 +135,10 @@ class Loop:
             like: a state, for dtype, device and batch size.
 
         Raises:
-            ValueError: the model does not give what the plan evaluates (epsilon-prediction where alpha = 0).
+            ValueError: the plan was made on another schedule than the model's, or the model does not give what the plan
+                evaluates (epsilon-prediction where alpha = 0).
         """
+        check_schedule(plan, model.schedule)
         affines = [model.affine(e.kind, e.t, e.alpha, e.sigma) for e in plan.calls]
         program = plan.program(tuple(affine == (0.0, 1.0) for affine in affines))
         times = model.times([e.t for e in plan.calls], like)
@@ -143,10 +148,10 @@ class Loop:
         """Execute every instruction in place; the last state is the result."""
         values: Values = [None] * (self.program.buffers + self.program.borrowed)
         values[-1] = x_T
-        model, write, inside = self.model.begin(), _writer(x_T), x_T.numel() * x_T.element_size()
+        model, write, outputs = self.model.begin(), _writer(x_T), _Outputs(x_T)
         for step in self.program.code:
             if isinstance(step, Call):
-                self._evaluate(model, step, values, write, inside, cond, watch)
+                self._evaluate(model, step, values, write, outputs, cond, watch)
             else:
                 for place, number in step.draws:
                     values[place] = draw_noise(draw, number, x_T)
@@ -163,7 +168,7 @@ class Loop:
         step: Call,
         values: Values,
         write: Writer,
-        inside: int,
+        outputs: _Outputs,
         cond: Mapping[str, Any],
         watch: Watch | None,
     ) -> None:
@@ -172,8 +177,7 @@ class Loop:
         out = model.output(x, self.times[step.number], *self.levels[step.number], cond)
         if watch is not None:
             watch(step, out)
-        if step.src >= 0 and 0 <= out.data_ptr() - x.data_ptr() < inside:
-            out = out.clone()  # it lies in the state's memory, which is written to while the output is still needed
+        out = outputs.take(out, x, step, values)
         if step.dst < 0:
             values[step.dst] = out
         else:
@@ -198,6 +202,34 @@ class Loop:
         return values[self.program.code[-1].dst]
 
 
+class _Outputs:
+    """A network's outputs on their way into the values of one run, copied where they would not stay what they are.
+
+    That is where an output lies in the state's memory, which is written to, and where the network writes each output over the
+    one before, as a CUDA graph or an engine with fixed buffers does, and the one before is still needed. The latter shows at a
+    second call, too late for the first output: of that one a copy is held until then.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._inside = like.numel() * like.element_size()
+        self._overwrites: bool | None = None
+        self._first: tuple[int, int, Tensor] | None = None
+
+    def take(self, out: Tensor, x: Tensor, step: Call, values: Values) -> Tensor:
+        """The output of a call at state x, or a copy."""
+        address = out.data_ptr()
+        if self._first is not None:
+            place, first_address, copy = self._first
+            self._overwrites, self._first = address == first_address, None
+            if self._overwrites:
+                values[place] = copy
+        if step.src >= 0 and 0 <= address - x.data_ptr() < self._inside:
+            return out.clone()
+        if step.kept and self._overwrites is None:
+            self._first = step.dst, address, out.clone()
+        return out.clone() if step.kept and self._overwrites else out
+
+
 def _sum(*terms: tuple[Tensor, Any]) -> Tensor:
     (value, coefficient), *rest = terms
     total = value * coefficient
@@ -207,10 +239,11 @@ def _sum(*terms: tuple[Tensor, Any]) -> Tensor:
 
 
 def _writer(like: Tensor) -> Writer:
-    """The function that writes a sum of terms into a buffer, or a new one where there is none; the first term may be in it."""
-    n, device, dtype = like.numel(), like.device, like.dtype
-    single_pass = n >= _SINGLE_PASS_FROM and device.type == "cpu" and dtype in (torch.float32, torch.float64)
-    one = torch.ones(1, dtype=dtype, device=device) if single_pass else None
+    """The function that writes a sum of terms into a buffer, or a new one where there is none; the first term may be in it.
+
+    Only with functions that round a number alike wherever in a tensor it lies, so that a sample's bits do not depend on its
+    batch. `torch.addr`, which does two terms in one pass over memory, rounds the last few of a thread's share in another way.
+    """
 
     def write(buffer: Tensor | None, terms: Sequence[tuple[Tensor, Any]]) -> Tensor:
         out = torch.empty_like(like) if buffer is None else buffer
@@ -222,9 +255,6 @@ def _writer(like: Tensor) -> Writer:
             torch.add(a, b, alpha=by_b, out=out)
         elif by_b == 1.0:
             torch.add(b, a, alpha=by_a, out=out)
-        elif one is not None and a.is_contiguous() and b.is_contiguous() and out.is_contiguous() and b.dtype == dtype:
-            # a x + b y in one pass over memory: the outer product of y with one number
-            torch.addr(a.view(n, 1), b.view(n), one, beta=by_a, alpha=by_b, out=out.view(n, 1))
         else:
             torch.mul(a, by_a, out=out).add_(b, alpha=by_b)
         for value, coefficient in terms[2:]:
@@ -237,6 +267,8 @@ def _writer(like: Tensor) -> Writer:
 def draw_noise(draw: NoiseSource, number: int, like: Tensor) -> Tensor:
     """One noise, of a shape that fits."""
     noise = draw(number, like)
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"noise_source must return a tensor, got {type(noise).__name__}")
     if noise.shape != like.shape:
         raise ValueError(f"noise_source must return shape {tuple(like.shape)}, got {tuple(noise.shape)}")
     return noise
@@ -273,9 +305,22 @@ def _finite(x: Tensor) -> bool:
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
+def noise_of(noise_source: NoiseSource | None, seed: int, indices: Tensor | None, batch: int) -> NoiseSource:
+    """The noise source that is given, or else that of the seed; all arguments are checked, whichever is used.
+
+    Raises:
+        TypeError: noise_source cannot be called.
+        ValueError: a bad seed or bad indices.
+    """
+    seeded = seeded_noise(seed, sample_indices(indices, batch))
+    if noise_source is not None and not callable(noise_source):
+        raise TypeError(f"noise_source must be a function (k, like) -> noise or None, got {noise_source!r}")
+    return seeded if noise_source is None else noise_source
+
+
 def seeded_noise(seed: int, indices: Tensor) -> NoiseSource:
     """The noise source of a seed: noise k of sample i is a function of (seed, i, k) alone."""
-    check_seed(seed)
+    seed = check_seed(seed)
 
     def draw(k: int, like: Tensor) -> Tensor:
         return standard_normal(seed, indices, k + 1, like.shape[1:], like.dtype, like.device)
@@ -295,6 +340,33 @@ def sample_indices(indices: Tensor | None, batch: int) -> Tensor:
     if indices.shape != (batch,) or indices.is_floating_point() or (batch and int(indices.min()) < 0):
         raise ValueError(f"indices must be {batch} non-negative integers, one for each sample, got {indices!r}")
     return indices.to(torch.int64)
+
+
+def check_schedule(plan: Plan, schedule: Schedule) -> None:
+    """Raise ValueError where the alpha and sigma of a plan's calls are not the schedule's at their times; looked at once."""
+    if plan.checked_on and plan.checked_on[0] is schedule:
+        return
+    t, *stored = np.array([(call.t, call.alpha, call.sigma) for call in plan.calls]).reshape(-1, 3).T
+    with np.errstate(all="ignore"):  # a time outside the schedule's range may have no sigma
+        levels = np.array([schedule.alpha(t), schedule.sigma(t)])
+    near = (np.abs(levels - stored) <= _SAME_LEVEL * (1e-3 + np.abs(levels))).all(axis=0)
+    if not near.all():
+        i = int(np.argmin(near))
+        raise ValueError(
+            f"plan was made on another schedule: its call at t={t[i]:g} has alpha={stored[0][i]:g} and sigma={stored[1][i]:g}, "
+            f"where {schedule.name!r} has {levels[0, i]:g} and {levels[1, i]:g}; make it on the model's schedule"
+        )
+    plan.checked_on[:] = [schedule]
+
+
+def check_handlers(callback: Callback | None, cond: Mapping[str, Any] | None) -> None:
+    """Raise TypeError where a callback cannot be called, or conditions are no keyword arguments."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of a Progress or None, got {callback!r}")
+    if cond is not None and not isinstance(cond, Mapping):
+        raise TypeError(
+            f"cond must be a mapping from the network's keyword arguments to values or None, got {type(cond).__name__}"
+        )
 
 
 def check_start(model: EpsModel, x_T: Tensor, name: str = "x_T") -> None:

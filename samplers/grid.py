@@ -98,8 +98,10 @@ GRIDS: dict[str, Spacing] = {
 class Grid:
     """Nodes t_0 > ... > t_N of a sampling run, float64, on a schedule; the last may be clean data.
 
+    That they lie in the schedule's range is checked by `make_grid`, `from_timesteps` and `from_sigmas`, not here.
+
     Raises:
-        ValueError: fewer than two nodes, a NaN, nodes that do not decrease strictly or lie outside the schedule's range.
+        ValueError: fewer than two nodes, a NaN, or nodes that do not decrease strictly.
     """
 
     schedule: Schedule

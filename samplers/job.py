@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from samplers.execute import Callback, NoiseSource, Progress, run_plan, sample_indices
+from samplers.execute import Callback, NoiseSource, Progress, check_handlers, run_plan, sample_indices
 from samplers.grid import Grid, Nodes, Points
 from samplers.model import EpsModel, require_model
 from samplers.nodes import check_afs, nodes_of
 from samplers.noise import check_seed, standard_normal
 from samplers.plan import Plan
-from samplers.registry import Sampler, get_sampler
+from samplers.registry import Sampler, get_sampler, plain
 from samplers.transform import analytical_first_step
 
 
@@ -107,6 +107,7 @@ class Job:
             how: dict[str, Any] = {"cond": self.cond, "check": self.check, "compile": self.compile}
             out = run_plan(plan, model, x, **drawn, callback=self.callback, **how)
             return Result(out, times, plan.nfe, plan)
+        sample_indices(self.indices, len(x))  # nothing is drawn, but a mistake is one here too
         if not len(x):  # an error norm over nothing controls nothing
             return Result(x.clone(), times, 0, None)
         made = 0
@@ -118,7 +119,7 @@ class Job:
                 self.callback(progress)
 
         integrate: Any = self.entry.integrate
-        out = integrate(model, self.grid, x, nfe=self.nfe, callback=count, cond=self.cond, **self.options)
+        out = integrate(model, self.grid, x, nfe=self.nfe, callback=count, cond=self.cond, **plain(self.options))
         return Result(out, times, made, None)
 
 
@@ -151,7 +152,8 @@ def prepare(
     entry = get_sampler(sampler)
     entry.check_options(options)
     check_afs(entry, afs)
-    check_seed(seed)
+    check_handlers(callback, cond)
+    seed = check_seed(seed)
     fixed = (("compile", compile, None), ("noise_source", noise_source, None), ("check", check, True))
     for name, value, usual in fixed if entry.adaptive else ():
         if value is not usual:

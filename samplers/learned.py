@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samplers.execute import Loop, NoiseSource, draw_noise, sample_indices, seeded_noise
+from samplers.execute import Loop, NoiseSource, check_schedule, draw_noise, noise_of
 from samplers.model import EpsModel
 from samplers.plan import Plan
 from samplers.program import Evaluate, Sum
@@ -25,19 +25,26 @@ class LearnedPlan(nn.Module):
 
     Attributes:
         coefficients: every coefficient of every Combine, in order, float64.
-        times: the distinct times of the network calls, decreasing at the start, float64. They must stay within the
-            schedule's range, where the network is defined. The first call may come to be made at another time than the
-            start's, which remains the plan's first node.
+        times: the distinct times of the network calls, decreasing at the start, float64. Where one has left the schedule's
+            range, outside which the network is not defined, the call is made at the range's end, and the gradient is the one
+            there, so that the time can come back. The first call may come to be made at another time than the start's, which
+            remains the plan's first node.
+
+    Raises:
+        ValueError: the plan was made on another schedule.
     """
 
     def __init__(self, plan: Plan, schedule: Schedule) -> None:
         super().__init__()
+        check_schedule(plan, schedule)
         self.start, self.schedule = plan, schedule
         terms = [c for step in plan.instructions if not isinstance(step, Evaluate) for _, c in step.terms]
         distinct = sorted({call.t for call in plan.calls}, reverse=True)
         self.coefficients = nn.Parameter(torch.tensor(terms, dtype=torch.float64))
         self.times = nn.Parameter(torch.tensor(distinct, dtype=torch.float64))
         self._place = {t: i for i, t in enumerate(distinct)}
+        # explicit nodes may begin a rounding error outside
+        self._range = min(schedule.t_min, *distinct), max(schedule.t_max, *distinct)
 
     def forward(
         self,
@@ -53,15 +60,18 @@ class LearnedPlan(nn.Module):
 
         Returns:
             Shape, dtype and device of x_T. NaN and Inf are not looked for.
+
+        Raises:
+            ValueError: the model does not give what the plan evaluates (epsilon-prediction where alpha = 0).
         """
-        draw = noise_source if noise_source is not None else seeded_noise(seed, sample_indices(indices, len(x_T)))
+        draw = noise_of(noise_source, seed, indices, len(x_T))
         noises = [draw_noise(draw, k, x_T) for k in range(self.start.noises)]
-        times = [self.times[self._place[call.t]] for call in self.start.calls]
+        calls, within = self._calls(), self._within()
+        raw = tuple(model.affine(call.kind, call.t, call.alpha, call.sigma) == (0.0, 1.0) for call in calls)
+        times = [within[self._place[call.t]] for call in self.start.calls]
         levels = [(self.schedule.alpha(t), self.schedule.sigma(t)) for t in times]
-        affines = [
-            model.affine(call.kind, t, *level) for call, t, level in zip(self.start.calls, times, levels, strict=True)
-        ]
-        program = self.start.program(tuple(affine == (0.0, 1.0) for affine in affines))
+        affines = [model.affine(call.kind, t, *level) for call, t, level in zip(calls, times, levels, strict=True)]
+        program = self.start.program(raw)
         rows, code = iter(self.coefficients.split(self._lengths())), []
         for step in program.code:
             if isinstance(step, Sum):
@@ -79,12 +89,12 @@ class LearnedPlan(nn.Module):
         Raises:
             PlanError: times that no longer decrease, or a number that is not finite.
         """
-        moved = dict(zip(self._place, self.times.tolist(), strict=True))
-        rows, instructions = iter(self.coefficients.detach().split(self._lengths())), []
+        calls = self._calls()
+        moved = {before.t: call.t for before, call in zip(self.start.calls, calls, strict=True)}
+        rows, instructions, following = iter(self.coefficients.detach().split(self._lengths())), [], iter(calls)
         for step in self.start.instructions:
             if isinstance(step, Evaluate):
-                t = moved[step.t]
-                step = step._replace(t=t, alpha=float(self.schedule.alpha(t)), sigma=float(self.schedule.sigma(t)))
+                step = next(following)
             else:
                 names = [name for name, _ in step.terms]
                 step = step._replace(terms=tuple(zip(names, next(rows).tolist(), strict=True)))
@@ -92,6 +102,16 @@ class LearnedPlan(nn.Module):
         first, *rest = self.start.times
         times = (first, *(moved.get(t, t) for t in rest))
         return replace(self.start, instructions=tuple(instructions), times=times)
+
+    def _within(self) -> Tensor:
+        """The times with the range's end in place of those outside it, and the gradient of those as if they were there."""
+        return self.times.clamp(*self._range).detach() + (self.times - self.times.detach())
+
+    def _calls(self) -> list[Evaluate]:
+        """The network calls at the times of this moment, as numbers."""
+        moved = dict(zip(self._place, self._within().tolist(), strict=True))
+        levels = {t: (float(self.schedule.alpha(t)), float(self.schedule.sigma(t))) for t in moved.values()}
+        return [Evaluate(c.dst, c.src, moved[c.t], *levels[moved[c.t]], c.kind) for c in self.start.calls]
 
     def _lengths(self) -> list[int]:
         return [len(step.terms) for step in self.start.instructions if not isinstance(step, Evaluate)]

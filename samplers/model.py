@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,9 @@ from samplers.errors import unknown
 from samplers.schedule import Schedule
 
 Scalar = float | Tensor
+KINDS = ("eps", "x0", "v")
 PREDICTIONS = ("eps", "x0", "v", "score", "flow", "edm")
+_ROUNDING = 1e-5  # at the ends of time
 
 
 class Affine(NamedTuple):
@@ -68,7 +71,8 @@ class EpsModel:
 
     Args:
         net: `net(x, t, **cond) -> output`, with x (B, ...), t (B,) of x's dtype (float32 where x is of half precision),
-            and an output of x's shape. For `predicts="edm"` it is the raw network F, called with `c_in x / alpha` and
+            and an output of x's shape, which each call may write where the last one did (but not into several buffers by
+            turns). For `predicts="edm"` it is the raw network F, called with `c_in x / alpha` and
             `c_noise = log(sigma / alpha) / 4`.
         schedule: the noise schedule the network was trained on.
         predicts: "eps", "x0", "v", "score", "flow" (dx/dt of the interpolant) or "edm".
@@ -77,7 +81,7 @@ class EpsModel:
 
     Raises:
         TypeError: `net` or `time_input` cannot be called, or `schedule` is not a Schedule.
-        ValueError: an unknown `predicts`.
+        ValueError: an unknown `predicts`, or a sigma_data that is not positive.
     """
 
     def __init__(
@@ -97,6 +101,8 @@ class EpsModel:
             raise TypeError(f"time_input must be None or callable, got {type(time_input).__name__}")
         if predicts not in PREDICTIONS:
             raise unknown("predicts", predicts, PREDICTIONS)
+        if not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be positive and finite, got {sigma_data}")
         self.net, self.schedule, self.predicts, self.time_input, self.sigma_data = (
             net,
             schedule,
@@ -123,7 +129,15 @@ class EpsModel:
         return other
 
     def __call__(self, x: Tensor, t: Scalar, **cond: Any) -> Tensor:
-        """Epsilon at states x (B, ...) and time t, a float or a (B,) tensor; the same as `eps`."""
+        """Epsilon at states x (B, ...) and time t, a float or a (B,) tensor; the same as `eps`.
+
+        Here and in `eps`, `x0` and `v`, t may lie beyond `schedule.t_max`, where a sampler that adds noise may lead. A (B,)
+        tensor of times is not looked at, because that would wait for the device: where one of them has no answer, the result
+        is NaN or Inf.
+
+        Raises:
+            ValueError: a float t at which the schedule is not defined, or where the network does not give what is asked for.
+        """
         return self.eps(x, t, **cond)
 
     def eps(self, x: Tensor, t: Scalar, **cond: Any) -> Tensor:
@@ -146,7 +160,8 @@ class EpsModel:
             t, alpha, sigma: of the time, Python floats; or tensors without dimensions, through which gradients flow.
 
         Raises:
-            ValueError: it does not follow there (epsilon-prediction where alpha = 0).
+            ValueError: an unknown kind, or, where the numbers are floats, it does not follow there (epsilon-prediction where
+                alpha = 0).
         """
         affine = self._affine(kind, t, alpha, sigma)
         if self.predicts == "edm" and not isinstance(alpha, Tensor) and alpha == 0:
@@ -204,7 +219,7 @@ class EpsModel:
     def _predict(self, x: Tensor, t: Scalar, kind: str, cond: Mapping[str, Any]) -> Tensor:
         if not isinstance(t, Tensor) or t.ndim == 0:
             t = float(t)
-            out, affine = self.evaluate(x, t, float(self.schedule.alpha(t)), float(self.schedule.sigma(t)), kind, cond)
+            out, affine = self.evaluate(x, t, *self._noise_level(t), kind, cond)
         else:
             if t.shape != (len(x),):
                 raise ValueError(f"t must be a float or of shape ({len(x)},), got {tuple(t.shape)}")
@@ -215,7 +230,22 @@ class EpsModel:
             out = self.output(x, t.to(_time_dtype(x)), alpha, sigma, cond)
         return affine.of(x, out)
 
+    def _noise_level(self, t: float) -> tuple[float, float]:
+        """Alpha and sigma at a time at which the schedule is defined, up to rounding at its ends."""
+        schedule = self.schedule
+        with np.errstate(all="ignore"):
+            alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        below = min(schedule.t_zero, schedule.t_min) - t
+        if not (below <= _ROUNDING * (1 + abs(t)) and all(-_ROUNDING <= level < math.inf for level in (alpha, sigma))):
+            raise ValueError(
+                f"t must be a time of schedule {schedule.name!r}, {schedule.t_min:g} to {schedule.t_max:g}, or near it; "
+                f"got {t}, where alpha={alpha:g} and sigma={sigma:g}"
+            )
+        return alpha, sigma
+
     def _affine(self, kind: str, t: Scalar, alpha: Scalar, sigma: Scalar) -> Affine:
+        if kind not in KINDS:
+            raise unknown("kind", kind, KINDS)
         dalpha, dsigma = self._slopes(t) if self.predicts == "flow" else (0.0, 0.0)
         eps, x0 = _eps_and_x0(self.predicts, alpha, sigma, dalpha, dsigma, self.sigma_data)
         if kind == "v":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,7 @@ def nodes_of(
     if len(given) != 1 and not (entry.adaptive and not given):
         raise ValueError(f"give exactly one of steps, nfe, timesteps and sigmas, got {', '.join(given) or 'none'}")
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
             raise TypeError(f"{name} must be an integer, got {value!r}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -73,31 +75,59 @@ def _budgeted(
     options: dict[str, Any],
     spared: int,
 ) -> tuple[Grid, dict[str, Any]]:
-    """The longest grid whose plan takes at most `nfe` calls beside the `spared` ones.
+    """The longest grid whose plan takes at most `nfe` calls beside the `spared` ones, as the plans themselves count them.
 
-    A step from alpha = 0 and a step to sigma = 0 are first order and take one call, whatever a full step takes; no other
-    step takes fewer calls than a full one.
+    A step may take fewer calls than a full one (from alpha = 0, to sigma = 0, or where eta > 1 asks for noise only) and more (at
+    a restart). Where the orders of the steps are given, so is their number.
     """
     final = points_of(grid).final if final is None else final
-    cheap_first, cheap_last = int(_starts_at_noise(schedule, grid)), int(final != "t_min")
+    at_noise, at_data = int(_starts_at_noise(schedule, grid)), int(final != "t_min")
     extra = int(final == "denoise")  # the call more that "denoise" takes
-    budget = nfe + spared
-    mixed = entry.mixed_orders and options.get("orders") is None
+    budget, given = nfe + spared, options.get("orders")
+    mixed = entry.mixed_orders and given is None
+
+    def made(size: int) -> tuple[Grid, dict[str, Any]]:
+        """With `size` steps, or with steps whose orders add up to `size`."""
+        if not mixed:
+            return make_grid(schedule, grid, size, final), options
+        orders = [1] * at_noise + mixed_orders(entry.order, size - at_noise)
+        if at_data and orders[-1] != 1:
+            orders = [1] * at_noise + mixed_orders(entry.order, size - at_noise - 1) + [1]
+        return _mixed_grid(schedule, orders, grid, final), {**options, "orders": orders}
+
+    def room(size: int) -> int:
+        nodes, chosen = made(size)
+        return budget - entry.plan(nodes, **chosen).nfe
+
     if mixed:
-        orders = [1] * cheap_first + mixed_orders(entry.order, budget - cheap_first)
-        if cheap_last and orders[-1] != 1:
-            orders = [1] * cheap_first + mixed_orders(entry.order, budget - cheap_first - 1) + [1]
-        if len(orders) > extra:
-            return _mixed_grid(schedule, orders, grid, final), {**options, "orders": orders}
-        raise ValueError(f"nfe must be at least {1 + extra - spared} for {entry.name!r} here, got {nfe}")
-    calls = entry.calls_with(options)
-    most = (budget + (calls - 1) * (cheap_first + cheap_last)) // calls - extra
-    for steps in range(most, 0, -1):  # fewer where the plan has steps of more calls, as only the plan itself knows
-        nodes = make_grid(schedule, grid, steps, final)
-        if entry.plan(nodes, **options).nfe <= budget:
-            return nodes, options
-    fewest = entry.plan(make_grid(schedule, grid, 1, final), **options).nfe - spared
-    raise ValueError(f"nfe must be at least {fewest} for {entry.name!r} here, got {nfe}")
+        calls, least, most, guess = 1, 1 + extra, entry.order * budget, budget
+    elif isinstance(given, Sequence):
+        calls = 1
+        least = most = guess = max(len(given) - extra, 1)
+    else:
+        calls, least, most = entry.calls_with(options), 1, budget - extra
+        guess = (budget + (calls - 1) * (at_noise + at_data)) // calls - extra
+    size = _largest(room, least, most, guess, calls)
+    if size < least:
+        raise ValueError(f"nfe must be at least {nfe - room(least)} for {entry.name!r} here, got {nfe}")
+    return made(size)
+
+
+def _largest(room: Callable[[int], int], least: int, most: int, guess: int, each: int) -> int:
+    """The largest size from `least` to `most` that leaves `room(size) >= 0`, or `least - 1` where none does.
+
+    Room falls as the size grows, by `each` for one more as a rule: that leads from a guess to the next, and halving where it
+    leads out of the sizes that are left. If room ever rose, the size found would still be one whose next has none.
+    """
+    fits, over = least - 1, most + 1
+    while over - fits > 1:
+        size = guess if fits < guess < over else (fits + over) // 2
+        left = room(size)
+        if left >= 0:
+            fits, guess = size, size + max(1, left // each)
+        else:
+            over, guess = size, size + left // each
+    return fits
 
 
 def _starts_at_noise(schedule: Schedule, grid: str | Points) -> bool:

@@ -1,14 +1,15 @@
 """Noise by counter: the k-th noise of sample i under seed s is a pure function of (s, i, k).
 
-Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11) in integer tensor arithmetic, so
-it runs on any device and gives the same bits for any batch size, order of work or number of devices; then Box-Muller
-in float64.
+Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", SC'11) in integer tensor arithmetic, which
+gives the same bits for any batch size, order of work or number of devices; then Box-Muller in float64, which the device must
+have: CPU and CUDA, not MPS.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def standard_normal(
     size = math.prod(shape)
     blocks = torch.arange((size + 3) // 4, dtype=torch.int64, device=device)
     index = indices.to(device=device, dtype=torch.int64)[:, None]
-    words = philox((blocks[None, :], torch.full_like(index, number), index & _MASK, index >> 32), seed)
+    words = philox((blocks[None, :], torch.full_like(index, number), index & _MASK, index >> 32), check_seed(seed))
     uniform = torch.stack([word.double() for word in words], dim=-1).add_(0.5).mul_(2.0**-32)
     radius = uniform[..., :2].log().mul_(-2.0).sqrt_()
     angle = uniform[..., 2:] * (2.0 * math.pi)
@@ -72,11 +73,11 @@ def standard_normal(
 
 
 def check_seed(seed: int) -> int:
-    """The seed, if it is one.
+    """The seed as Python's integer, if it is one.
 
     Raises:
         ValueError: not an integer in [0, 2^64).
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer in [0, 2^64), got {seed!r}")
-    return seed
+    return int(seed)

@@ -34,8 +34,9 @@ class Plan:
         sampler: the name it was made under; not part of equality, which compares what is computed.
 
     Raises:
-        PlanError: times that do not decrease, a name used before it exists or defined twice, a sum that uses a name twice,
-            noises that are not z0, z1, ... in order of first use, a coefficient that is not finite, no result.
+        PlanError: an unknown prediction or kind, a sigma_T that is negative or not finite, times that do not decrease, a name
+            used before it exists or defined twice, a noise that is evaluated, a sum that uses a name twice, noises that are not
+            z0, z1, ... in order of first use, a coefficient that is not finite, no result.
     """
 
     instructions: tuple[Instruction, ...]
@@ -45,11 +46,19 @@ class Plan:
     sampler: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if self.prediction not in KINDS:
+            raise PlanError(f"prediction: must be one of {KINDS}, got {self.prediction!r}")
+        if not 0 <= self.sigma_T < math.inf:
+            raise PlanError(f"sigma_T: must be a finite number of at least 0, got {self.sigma_T!r}")
         if len(self.times) < 2 or not all(a > b for a, b in zip(self.times, self.times[1:], strict=False)):
             raise PlanError(f"times: must be at least 2 and decrease strictly, got {self.times}")
         known, noises = {START}, 0
         for i, step in enumerate(self.instructions):
             if isinstance(step, Evaluate):
+                if step.kind not in KINDS:
+                    raise PlanError(f"instructions[{i}].kind: must be one of {KINDS}, got {step.kind!r}")
+                if step.src[:1] == "z":
+                    raise PlanError(f"instructions[{i}].src: must be a state, got the noise {step.src!r}")
                 used: tuple[str, ...] = (step.src,)
                 numbers: tuple[float, ...] = (step.t, step.alpha, step.sigma)
             else:
@@ -123,6 +132,11 @@ class Plan:
     def _programs(self) -> dict[tuple[bool, ...], Program]:
         return {}
 
+    @cached_property
+    def checked_on(self) -> list[object]:
+        """The schedule that the executor last found to be the one of the calls, if any."""
+        return []
+
     def matrix(self, kind: str | None = None) -> np.ndarray:
         """Every evaluated state and the result as absolute coefficients on (x_T, outputs, noises).
 
@@ -190,7 +204,7 @@ class Plan:
         """
         try:
             document = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"not JSON: {error}") from error
         head = _Reader(document, "")
         if head.get("format", str) != FORMAT or head.get("version", int) != VERSION:

@@ -38,12 +38,17 @@ Instruction = Evaluate | Combine
 
 
 class Call(NamedTuple):
-    """An Evaluate on places; `number` counts the calls, `ends` are borrowed places that die here."""
+    """An Evaluate on places.
+
+    `number` counts the calls, `ends` are borrowed places that die here, and `kept` tells whether the value is the network's own
+    output and is used after the next call.
+    """
 
     dst: int
     src: int
     number: int
     ends: tuple[int, ...]
+    kept: bool
 
 
 class Sum(NamedTuple):
@@ -72,7 +77,8 @@ class Program:
         code: one entry for each instruction.
         buffers: how many buffers are written to.
         borrowed: how many places borrowed tensors take.
-        registers: the most tensors of the state's size, besides x_T, that exist at one time.
+        registers: the most tensors of the state's size, besides x_T, that exist at one time; not counted is a copy of the
+            first output that is kept, which the executor holds until the next call.
     """
 
     code: tuple[Call | Sum, ...]
@@ -91,6 +97,7 @@ def lower(instructions: Sequence[Instruction], raw: Sequence[bool]) -> Program:
     last = {name: i for i, step in enumerate(instructions) for name in uses(step)}
     places = _Places()
     code: list[Call | Sum] = []
+    called = [*(i for i, step in enumerate(instructions) if isinstance(step, Evaluate)), len(instructions)]
     registers = calls = 0
     for i, step in enumerate(instructions):
         dying = [name for name in uses(step) if last[name] == i]
@@ -103,7 +110,8 @@ def lower(instructions: Sequence[Instruction], raw: Sequence[bool]) -> Program:
                 ends = places.release(dying)
                 places.own(step.dst)
             registers = max(registers, places.alive + (not raw[calls]))
-            code.append(Call(places.of[step.dst], src, calls, ends))
+            kept = raw[calls] and last.get(step.dst, i) > called[calls + 1]
+            code.append(Call(places.of[step.dst], src, calls, ends, kept))
             calls += 1
         else:
             drawn = [name for name in uses(step) if name not in places.of]

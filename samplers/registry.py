@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from numbers import Integral, Real
@@ -94,7 +94,7 @@ class Sampler:
         """The plan on a grid, under this sampler's name."""
         if self.build is None:
             raise ValueError(f"sampler {self.name!r} chooses its steps while it samples and has no plan; call sample()")
-        plan = self.build(grid, **options)
+        plan = self.build(grid, **plain(options))
         object.__setattr__(plan, "sampler", self.name)  # ours alone until returned; a copy would validate it again
         return plan
 
@@ -109,6 +109,17 @@ class Sampler:
                 continue
             if not isinstance(value, wanted) or (isinstance(default, float) and isinstance(value, bool)):
                 raise TypeError(f"{name} of sampler {self.name!r} must be like its default {default}, got {value!r}")
+
+
+def plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with Python's own numbers: NumPy's float32 would carry its precision into every coefficient."""
+    return {name: _plain(value) for name, value in options.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 _DDPM, _DDIM = "Ho et al. 2020, arXiv:2006.11239", "Song et al. 2021, arXiv:2010.02502"
@@ -215,8 +226,11 @@ def get_sampler(name: str) -> Sampler:
     """The registry's entry.
 
     Raises:
+        TypeError: not a text.
         ValueError: an unknown name; the message offers the closest ones.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"sampler must be a name, see list_samplers(), got {name!r}")
     known = SAMPLERS if name in SAMPLERS else registered()
     if name not in known:
         raise unknown("sampler", name, known)

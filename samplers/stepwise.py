@@ -63,7 +63,12 @@ class Stepwise:
             value: epsilon or x0, as `plan.calls[done].kind` says, at the state of call `done`.
             draw: `(k, like) -> Tensor`, the plan's k-th noise.
             x: takes the place of that state, where the caller changed it.
+
+        Raises:
+            RuntimeError: the plan has no call left.
         """
+        if self.done == self.plan.nfe:
+            raise RuntimeError(f"all {self.plan.nfe} calls of the plan are done; begin again with another Stepwise")
         begin, end = self._begins[self.done : self.done + 2]
         call = self.plan.instructions[begin]
         if x is not None:

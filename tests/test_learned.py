@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from conftest import SCHEDULES
 
 from samplers import LearnedPlan, make_plan, run_plan, sample, schedules
 from samplers.plan import Plan, PlanError
 
 VP, EDM = schedules.vp_linear(), schedules.edm()
 DISCRETE = schedules.from_betas([1e-4 + 2e-5 * i for i in range(1000)])
+FLOW = schedules.flow()
 
 
 def start(schedule, n=3):
@@ -36,9 +40,10 @@ def test_gradients_are_finite_differences(exact, name, schedule, predicts):
         state = {"coefficients": coefficients, "times": times}
         return torch.func.functional_call(learned, state, (model, x_T), {"seed": 1})
 
-    # one-sided at the first time would leave the schedule's range
+    # one-sided at the ends would leave the schedule's range
     # and a discrete schedule has a kink at every training step
-    inside = (learned.times * 0.99 + (0.37 if schedule is DISCRETE else 0.0)).detach().requires_grad_()
+    inside = (0.99 * learned.times + 0.01 * learned.times.mean() + (0.37 if schedule is DISCRETE else 0.0)).detach()
+    inside.requires_grad_()
     learned(model, x_T, seed=1).sum().backward()
     assert learned.times.grad.isfinite().all()  # also at the end of the range
     # a network sees (B,) times, so its own derivative in t counts too
@@ -63,6 +68,70 @@ def test_training_brings_ddim_nearer_to_the_solution(exact):
     assert float(error(run_plan(trained, model, x_T))) < 0.5 * before
     assert Plan.from_json(trained.to_json()) == trained
     assert trained.sigma_T == VP.sigma(trained.times[0])
+
+
+@pytest.mark.parametrize("schedule", list(SCHEDULES), indirect=True)
+@pytest.mark.parametrize("predicts", ["eps", "v", "x0", "flow"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp-2m"])
+def test_a_first_step_of_training_is_finite_on_every_schedule(exact, schedule, predicts, name):
+    if predicts == "eps" and schedule.alpha(schedule.t_max) == 0:
+        predicts = "v"
+    learned, model = LearnedPlan(make_plan(name, schedule, steps=3), schedule), exact(schedule, predicts)
+    optimizer = torch.optim.Adam(learned.parameters(), lr=1e-4 * schedule.t_max)
+    for _ in range(3):
+        optimizer.zero_grad()
+        learned(model, start(schedule)).square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in learned.parameters())
+        optimizer.step()
+    assert run_plan(learned.plan(), model, start(schedule)).isfinite().all()
+
+
+@pytest.mark.parametrize(("end", "outside"), [(0, 1.05), (-1, -0.2)])
+def test_a_time_that_left_the_range_is_used_at_its_end_and_can_come_back(exact, end, outside):
+    learned, model = LearnedPlan(make_plan("heun", FLOW, steps=3), FLOW), exact(FLOW, "flow")
+    limit = (FLOW.t_max, FLOW.t_min)[end]
+    with torch.no_grad():
+        learned.times[end] = limit
+    at_the_end = learned(model, start(FLOW))
+    at_the_end.sum().backward()
+    expected = learned.times.grad.clone()
+    with torch.no_grad():
+        learned.times[end] = outside
+    learned.times.grad = None
+    beyond = learned(model, start(FLOW))
+    beyond.sum().backward()
+    assert torch.equal(beyond, at_the_end)
+    assert torch.equal(learned.times.grad, expected)
+    assert expected[end] != 0
+    call = learned.plan().calls[end]
+    assert (call.t, call.alpha, call.sigma) == (limit, 1 - limit, limit)
+
+
+def test_two_times_at_one_end_are_no_plan(exact):
+    learned = LearnedPlan(make_plan("ddim", FLOW, steps=3), FLOW)
+    with torch.no_grad():
+        learned.times[:2] = 2.0
+    with pytest.raises(PlanError, match="times: must be at least 2 and decrease strictly"):
+        learned.plan()
+
+
+def test_times_that_are_nan_are_no_plan():
+    learned = LearnedPlan(make_plan("ddim", DISCRETE, steps=3), DISCRETE)
+    with torch.no_grad():
+        learned.times[1] = math.nan
+    with pytest.raises(PlanError, match="times: must be at least 2 and decrease strictly"):
+        learned.plan()
+
+
+def test_another_schedule_is_refused():
+    with pytest.raises(ValueError, match=r"made on another schedule: its call at t=1 has alpha=0\.0065"):
+        LearnedPlan(make_plan("dpmpp-2m", VP, steps=4), schedules.cosine())
+
+
+def test_epsilon_at_pure_noise_is_refused_as_in_a_run(exact):
+    learned = LearnedPlan(make_plan("ddim", FLOW, steps=3), FLOW)
+    with pytest.raises(ValueError, match="predicts='eps' gives no x0 at t=1, where alpha=0"):
+        learned(exact(FLOW, "eps"), start(FLOW))
 
 
 def test_nothing_but_the_numbers_is_learned(exact):

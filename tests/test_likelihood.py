@@ -51,6 +51,15 @@ def test_log_density_is_the_mixtures_to_a_thousandth_of_a_nat(centred, schedule)
     assert found.nfe > 20
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
+def test_a_network_of_half_precision_costs_its_own_rounding_only(centred, dtype, error):
+    x = states(centred, VP).to(dtype)
+    true = centred.log_prob(x.double(), *level(VP, VP.t_min))
+    found = tasks.log_likelihood(v_model(centred, VP), x, divergence="exact")
+    torch.testing.assert_close(found.log_p, true, rtol=0, atol=error)
+    assert found.x_T.dtype == dtype
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_the_true_prior_leaves_the_integrators_error_alone(mixture, schedule):
     """Data whose mean is not 0 has a trace of it left in the start noise, which N(0, sigma_T^2) does not know."""

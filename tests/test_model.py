@@ -160,6 +160,12 @@ def test_bad_construction(arguments, error, message):
         EpsModel(*arguments)
 
 
+@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf])
+def test_bad_standard_deviations_of_data(value):
+    with pytest.raises(ValueError, match=f"sigma_data must be positive and finite, got {value}"):
+        EpsModel(math.sin, VP, "edm", sigma_data=value)
+
+
 @pytest.mark.parametrize("t", [0.5, torch.full((2,), 0.5)], ids=["float", "(B,)"])
 @pytest.mark.parametrize(
     ("net", "error", "message"),
@@ -177,6 +183,38 @@ def test_bad_output(net, error, message, t):
 def test_bad_time_shape(shape):
     with pytest.raises(ValueError, match=r"t must be a float or of shape \(2,\), got"):
         EpsModel(lambda x, t: x, VP)(torch.ones(2, 3), torch.full(shape, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "t", "seen"),
+    [
+        ("vp_linear", math.nan, "alpha=nan"),
+        ("discrete", math.nan, "alpha=nan"),
+        ("vp_linear", -0.5, "alpha=0.2"),
+        ("vp_linear", -1e-3, "sigma=nan"),
+        ("discrete", -1.5, "sigma=nan"),
+        ("cosine", 1.5, "alpha=-0.7"),
+        ("flow", 1.25, "alpha=-0.25"),
+        ("edm", math.inf, "sigma=inf"),
+    ],
+    indirect=["schedule"],
+)
+def test_a_time_at_which_there_is_no_noise_level(schedule, t, seen):
+    model = EpsModel(lambda x, t: x, schedule, "v")
+    for predict in (model, model.eps, model.x0, model.v):
+        with pytest.raises(ValueError, match=rf"t must be a time of schedule '{schedule.name}', .* got {t}, .*{seen}"):
+            predict(torch.ones(2, 3), t)
+
+
+def test_times_beyond_the_end_where_churn_leads():
+    assert torch.equal(
+        EpsModel(lambda x, t: t[:, None] * x, schedules.edm())(torch.ones(2, 3), 112.0), torch.full((2, 3), 112.0)
+    )
+
+
+def test_an_unknown_kind():
+    with pytest.raises(ValueError, match="unknown kind 'epsilon'; did you mean 'eps'"):
+        EpsModel(lambda x, t: x, VP).affine("epsilon", 0.5, 0.6, 0.8)
 
 
 def test_an_edm_network_is_never_asked_at_pure_noise(exact):

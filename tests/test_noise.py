@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -87,6 +88,13 @@ def test_bad_seeds(seed):
         check_seed(seed)
 
 
-@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_a_bad_seed_draws_nothing():
+    with pytest.raises(ValueError, match="seed must be an integer .* got -1"):
+        numbers(seed=-1)
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1, np.int64(3), np.uint64(2**64 - 1)])
 def test_good_seeds(seed):
     assert check_seed(seed) == seed
+    assert type(check_seed(seed)) is int
+    assert torch.equal(numbers(seed=seed), numbers(seed=int(seed)))

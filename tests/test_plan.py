@@ -50,11 +50,30 @@ X1 = Combine("x1", (("x_T", 0.5), ("o0", 0.25)), 1)
         ((Combine("x1", (("x_T", 1.0), ("x_T", 1.0))),), r"\[0\]: must use at least one name, and each once"),
         ((Combine("x1", (("x_T", 1.0),), 2),), r"instructions\[0\].node: must be 1 to 1, got 2"),
         ((Combine("x1", (("x_T", 1.0),), 0),), r"instructions\[0\].node: must be 1 to 1, got 0"),
+        ((evaluate(kind="epsilon"), X1), r"instructions\[0\].kind: must be one of \('eps', 'x0'\), got 'epsilon'"),
+        (
+            (Combine("x1", (("x_T", 1.0), ("z0", 1.0))), evaluate(src="z0"), Combine("x2", (("o0", 1.0),))),
+            r"instructions\[1\].src: must be a state, got the noise 'z0'",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(instructions, message):
     with pytest.raises(PlanError, match=message):
         build(*instructions)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "sigma_T", "message"),
+    [
+        ("epsilon", 1.0, r"prediction: must be one of \('eps', 'x0'\), got 'epsilon'"),
+        ("eps", math.nan, "sigma_T: must be a finite number of at least 0, got nan"),
+        ("eps", math.inf, "sigma_T: must be a finite number of at least 0, got inf"),
+        ("x0", -1.0, "sigma_T: must be a finite number of at least 0, got -1.0"),
+    ],
+)
+def test_a_head_that_means_nothing_is_refused(prediction, sigma_T, message):
+    with pytest.raises(PlanError, match=message):
+        Plan((evaluate(), X1), (1.0, 0.0), prediction, sigma_T)
 
 
 @pytest.mark.parametrize("times", [(), (1.0,), (0.5, 1.0), (1.0, 1.0), (1.0, math.nan)])
@@ -170,7 +189,7 @@ def test_malformed_files_name_the_field(path, value, message):
         Plan.from_json(edited(path, value))
 
 
-@pytest.mark.parametrize("text", ["", "{", "plan"])
+@pytest.mark.parametrize("text", ["", "{", "plan", "[" * 200_000])
 def test_not_json(text):
     with pytest.raises(PlanError, match="not JSON"):
         Plan.from_json(text)

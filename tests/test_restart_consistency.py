@@ -230,6 +230,15 @@ def test_an_exact_consistency_model_keeps_the_marginals(schedule, final, steps):
     assert plan.noises == steps - 1
 
 
+def test_rounding_is_no_noise_in_the_last_step():
+    end = VP.t_min + np.arange(40) / 100
+    assert (VP.alpha(end) * (VP.sigma(end) / VP.alpha(end)) != VP.sigma(end)).any()  # it does round
+    for t in end:
+        plan = make_plan("consistency", VP, timesteps=[1.0, 0.5 * (1.0 + t), t])
+        assert plan.noises == 1
+        assert [len(step.terms) for step in plan.instructions if isinstance(step, Combine)] == [2, 1]
+
+
 def test_consistency_forgets_the_state_at_every_step():
     plan = make_plan("consistency", FLOW, steps=4)
     for step in plan.instructions:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from samplers import EpsModel, list_samplers, make_plan, run_plan, sample, schedules
+from samplers import EpsModel, Plan, SamplingError, list_samplers, make_plan, run_plan, sample, schedules
 from samplers.grid import GRIDS
 from samplers.noise import standard_normal
 
@@ -138,6 +139,12 @@ def test_shape_takes_the_networks_dtype(dtype):
     assert sample(EpsModel(Net(), VP), "ddim", shape=(2, 2), steps=2).dtype == dtype
 
 
+def test_numpys_integers_are_integers():
+    model = EpsModel(lambda x, t: 0.5 * x, VP)
+    x = sample(model, "ddpm", shape=(np.int64(3), 2), seed=np.int64(5), steps=3)
+    assert torch.equal(x, sample(model, "ddpm", shape=(3, 2), seed=5, steps=3))
+
+
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_seeds_and_indices(exact, name):
     def run(**options):
@@ -168,6 +175,24 @@ def test_the_table_says_what_there_is():
     assert entry("rk45").options == {"rtol": 1e-5, "atol": 1e-5}
     assert entry("rk45").adaptive
     assert not entry("ddim").adaptive
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("ddim", "eta", np.float32(0.7)),
+        ("ddim", "eta", np.float64(0.7)),
+        ("ddim", "eta", np.int64(1)),
+        ("euler-ancestral", "eta", np.float32(0.7)),
+        ("edm", "s_churn", np.float32(14.1)),
+        ("dpm-solver-2s", "r1", np.float32(0.7)),
+        ("dpmpp-2m", "lower_order_final", np.int64(2)),
+    ],
+)
+def test_numpys_options_are_pythons(name, option, value):
+    plan = make_plan(name, VP, steps=4, **{option: value})
+    assert plan == make_plan(name, VP, steps=4, **{option: value.item()})
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 def test_an_adaptive_sampler_has_no_plan():
@@ -250,6 +275,55 @@ def test_bad_arguments(exact, call, arguments, options, error, message):
 def test_bad_starts(exact, sampler, options, error, message):
     with pytest.raises(error, match=message):
         sample(exact(VP), sampler, steps=2, **options)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "rk45"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"cond": [1]},
+            TypeError,
+            "cond must be a mapping from the network's keyword arguments to values or None, got list",
+        ),
+        ({"callback": "x"}, TypeError, "callback must be a function of a Progress or None, got 'x'"),
+        ({"seed": "a"}, ValueError, "seed must be an integer in .* got 'a'"),
+        ({"indices": [5, 6, 7, 8]}, ValueError, "indices must be 3 non-negative integers, one for each sample"),
+    ],
+)
+def test_what_a_run_does_not_use_is_checked_before_its_first_call(sampler, options, error, message):
+    def net(x, t):
+        pytest.fail("the network was called")
+
+    with pytest.raises(error, match=message):
+        sample(EpsModel(net, VP, "v"), sampler, x_T=X_T, steps=2, **options)
+    with pytest.raises(error, match=message):
+        run_plan(make_plan("ddpm", VP, steps=2), EpsModel(net, VP), X_T, noise_source=lambda k, like: like, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x", r"noise_source must be a function \(k, like\) -> noise or None, got 'x'"),
+        (lambda k, like: None, "noise_source must return a tensor, got NoneType"),
+    ],
+)
+def test_bad_noise_sources(source, message):
+    with pytest.raises(TypeError, match=message):
+        sample(EpsModel(lambda x, t: x, VP), "ddpm", x_T=X_T, steps=2, noise_source=source)
+
+
+def test_a_failure_that_does_not_come_back_is_not_put_down_to_a_step():
+    values = itertools.chain([math.nan], itertools.repeat(0.0))
+    model = EpsModel(lambda x, t: 0.5 * x, VP)
+    with pytest.raises(SamplingError, match="'ddpm' gave NaN or Inf, and a second run to find the step did not"):
+        sample(model, "ddpm", x_T=X_T, steps=3, noise_source=lambda k, like: torch.full_like(like, next(values)))
+
+
+def test_a_list_is_not_a_name(exact):
+    for call in (lambda: sample(exact(VP), ["ddim"], x_T=X_T, steps=2), lambda: make_plan(["ddim"], VP, steps=2)):
+        with pytest.raises(TypeError, match=r"sampler must be a name, see list_samplers\(\), got \['ddim'\]"):
+            call()
 
 
 def test_a_network_is_not_a_model():

@@ -143,6 +143,25 @@ def test_gradients_reach_the_time(schedule: Schedule) -> None:
     torch.testing.assert_close(t.grad, schedule.dsigma(t.detach()), rtol=1e-9, atol=1e-12)
 
 
+@every
+@pytest.mark.parametrize("method", ["alpha", "sigma"])
+def test_gradients_are_finite_at_both_ends(schedule: Schedule, method: str) -> None:
+    """Learned times start there, also where a table ends at alpha = 0 and log alpha has no finite slope."""
+    t = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64, requires_grad=True)
+    (getattr(schedule, method)(t) + 0 * t).sum().backward()  # edm's alpha does not depend on t
+    assert t.grad is not None
+    assert t.grad.isfinite().all()
+    slope = getattr(schedule, "d" + method)(schedule.t_max)
+    assert float(t.grad[1]) == pytest.approx(slope, rel=1e-9, abs=1e-12)
+
+
+def test_a_time_that_is_nan_gives_nan() -> None:
+    schedule = ALL["discrete"]
+    assert math.isnan(schedule.alpha(math.nan))
+    assert np.isnan(schedule.sigma(np.array([1.0, math.nan]))).tolist() == [False, True]
+    assert schedule.alpha(torch.tensor([math.nan, 1.0])).isnan().tolist() == [True, False]
+
+
 def test_betas_give_the_square_root_of_the_cumulative_product_at_the_nodes() -> None:
     schedule = schedules.from_betas(torch.from_numpy(BETAS))
     alphas = np.cumprod(1 - BETAS)

@@ -47,6 +47,16 @@ def test_a_state_that_the_caller_changed_takes_the_place_of_the_plans(schedule_o
     assert torch.equal(walk.feed(zero, _none), changed.feed(zero, _none, x=X))
 
 
+def test_there_is_an_end(schedule_of_steps) -> None:
+    walk = Stepwise(make_plan("ddim", schedule_of_steps, steps=2))
+    x = walk.start(X, _none)
+    for _ in range(2):
+        x = walk.feed(x, _none)
+    with pytest.raises(RuntimeError, match="all 2 calls of the plan are done"):
+        walk.feed(x, _none)
+    assert walk.done == 2
+
+
 def _none(k: int, like: Tensor) -> Tensor:
     raise AssertionError("this plan has no noise")
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samplers.adaptive import Network, Slope, check_positive, solve
+from samplers.adaptive import Network, Slope, check_positive, solve, widened
 from samplers.errors import SamplingError, unknown
 from samplers.execute import sample_indices
 from samplers.grid import Grid
@@ -140,13 +140,14 @@ def log_likelihood(
     check_tensor(model, "x", x)
     check_positive(rtol=rtol, atol=atol)
     grid = _range(model, t_min, t_max)
-    directions = _units(x) if divergence == "exact" else _probes(x, probes, kind, seed, indices)
-    network = Network(model, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
+    wide = widened(x)
+    directions = _units(wide) if divergence == "exact" else _probes(wide, probes, kind, seed, indices)
+    network = Network(model, x.dtype, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
     flow = _Flow(Slope(network, grid), directions, divergence == "exact", x.shape)
-    x_T, change = _to_noise(flow, x, grid, method, rtol, atol)
+    x_T, change = _to_noise(flow, wide, grid, method, rtol, atol)
     at_noise = _normal(x_T, float(grid.sigma[0])) if prior is None else prior(x_T).double()
     each = at_noise[:, None] + change
-    return Likelihood(each.mean(1), _error(each, flow.exact), x_T, network.calls)
+    return Likelihood(each.mean(1), _error(each, flow.exact), x_T.to(x.dtype), network.calls)
 
 
 def _to_noise(flow: _Flow, x: Tensor, grid: Grid, method: str, rtol: float, atol: float) -> tuple[Tensor, Tensor]:
