@@ -113,7 +113,7 @@ def integrate(
             float64 on the CPU. Where LSODA turns to implicit steps, the Jacobian is approximated by its diagonal, so that its
             memory grows with the batch and not with its square.
         rtol, atol: tolerances on y, in the norm over the whole batch: a sample depends on its batch to that extent. Less than
-            a network of half precision rounds buys nothing, and costs "dopri8" and "lsoda" hundreds of calls.
+            a network of half precision rounds buys nothing, and costs "dopri8" and "lsoda" hundreds to thousands of calls.
         nfe: the most network calls; None is no limit.
         callback: called with a `Progress` at every node.
         cond: passed to every network call.
