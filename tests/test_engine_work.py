@@ -108,18 +108,24 @@ def test_a_bug_is_not_an_outcome(gmm: BenchModel, tmp_path: Path, monkeypatch: A
         measure(SUITE, gmm, tmp_path)
 
 
-def test_a_cell_goes_on_from_its_last_batch(gmm: BenchModel, tmp_path: Path, monkeypatch: Any) -> None:
-    expected = figures(measure(SUITE, gmm, tmp_path / "whole"))
+def stop_in_the_third_batch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ctrl-C while it is sampled; the first samples of all batches that are begun, also later, come into the list."""
     starts: list[int] = []
     real = bench_measure.run_network
 
-    def killed_in_the_third_batch(*args: Any, indices: torch.Tensor, **options: Any) -> torch.Tensor:
+    def stopped(*args: Any, indices: torch.Tensor, **options: Any) -> torch.Tensor:
         starts.append(int(indices[0]))
         if len(starts) == 3:
             raise KeyboardInterrupt
         return real(*args, indices=indices, **options)
 
-    monkeypatch.setattr(bench_measure, "run_network", killed_in_the_third_batch)
+    monkeypatch.setattr(bench_measure, "run_network", stopped)
+    return starts
+
+
+def test_a_cell_goes_on_from_its_last_batch(gmm: BenchModel, tmp_path: Path, monkeypatch: Any) -> None:
+    expected = figures(measure(SUITE, gmm, tmp_path / "whole"))
+    starts = stop_in_the_third_batch(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         measure(SUITE, gmm, tmp_path / "run")
     assert starts == [0, 16, 32]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
+from test_engine_work import stop_in_the_third_batch
 
 from bench import measure as bench_measure
 from bench import overlap
@@ -164,16 +165,7 @@ def test_the_next_batch_is_begun_before_one_is_judged(gmm: BenchModel, tmp_path:
 
 def test_ctrl_c_while_a_batch_is_sampled_loses_that_one_only(gmm: BenchModel, tmp_path: Path, monkeypatch: Any) -> None:
     expected = figures(a_run(ONE, gmm, tmp_path / "whole").rows())
-    starts: list[int] = []
-    real = bench_measure.run_network
-
-    def stopped_in_the_third_batch(*args: Any, indices: torch.Tensor, **options: Any) -> torch.Tensor:
-        starts.append(int(indices[0]))
-        if len(starts) == 3:
-            raise KeyboardInterrupt
-        return real(*args, indices=indices, **options)
-
-    monkeypatch.setattr(bench_measure, "run_network", stopped_in_the_third_batch)
+    starts = stop_in_the_third_batch(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         a_run(ONE, gmm, tmp_path / "run", overlap=True).rows()
     assert len(list((tmp_path / "run" / "work").glob("*/*.npz"))) == 2

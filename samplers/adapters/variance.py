@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from samplers.execute import Callback, NoiseSource, sample_indices, seeded_noise
+from samplers.execute import Callback, NoiseSource, noise_of
 from samplers.grid import Nodes, Points
 from samplers.model import EpsModel
 from samplers.sampling import make_plan, sample
@@ -100,12 +100,11 @@ def sample_learned_variance(
     kept = model.with_networks(lambda other: keeper if other is net else other)
     where: dict[str, Any] = {"steps": steps, "timesteps": timesteps, "sigmas": sigmas, "grid": grid, "final": final}
     plan = make_plan("ddpm", model.schedule, **where)
-    if noise_source is None:
-        batch = len(x_T) if x_T is not None else int(shape[0]) if shape else 0
-        noise_source = seeded_noise(seed, sample_indices(indices, batch))
+    batch = len(x_T) if x_T is not None else int(shape[0]) if shape else 0
+    draw = noise_of(noise_source, seed, indices, batch)
     start: dict[str, Any] = {"x_T": x_T, "shape": shape, "seed": seed, "indices": indices}
     how: dict[str, Any] = {"callback": callback, "cond": cond, "check": check}
-    scaled = _scaled(noise_source, [float(model.schedule.sigma(t)) for t in plan.times], keeper)
+    scaled = _scaled(draw, [float(model.schedule.sigma(t)) for t in plan.times], keeper)
     return sample(kept, "ddpm", **start, **where, noise_source=scaled, **how)
 
 

@@ -161,16 +161,23 @@ def restore(
     check_tensor(model, "x_T", x_T)
     if x_T.shape != like.shape:
         raise ValueError(f"x_T must be {tuple(like.shape)}, what the operator takes for this y, got {tuple(x_T.shape)}")
+    result = job.run(_of_method(method, model, operator, y, noise, scale), x_T, plan)
+    if method == "ddnm" and noise == 0:  # a last node above sigma = 0 leaves some noise
+        exact = result.x + operator.pinv(_residual(operator, y, result.x))
+        return dataclasses.replace(result, x=exact)
+    return result
+
+
+def _of_method(
+    method: str, model: EpsModel, operator: Operator, y: Tensor, noise: float, scale: float | None
+) -> EpsModel:
+    """The model that a method of `METHODS` corrects by the measurement, arguments as of `restore`."""
     _check_noise(noise)
     options: dict[str, float] = {} if scale is None else {"scale": scale}
     if options and method == "ddnm":
         raise ValueError(f"scale is of methods 'pigdm' and 'dps', got scale={scale} for method 'ddnm'")
     made: Callable[..., EpsModel] = METHODS[method]
-    result = job.run(made(model, operator, y, noise, **options), x_T, plan)
-    if method == "ddnm" and noise == 0:  # a last node above sigma = 0 leaves some noise
-        exact = result.x + operator.pinv(_residual(operator, y, result.x))
-        return dataclasses.replace(result, x=exact)
-    return result
+    return made(model, operator, y, noise, **options)
 
 
 def super_resolution(model: EpsModel, image: Tensor, sampler: str, *, factor: int, **how: Any) -> Result:
