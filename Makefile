@@ -4,13 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: bench test lint format clean
+.PHONY: bench test test-rest lint format clean
 
 bench: $(INSTALLED)
 	$(BIN)/fewstep bench
 
+# The quick part has every test but the slow ones, and a spread of the cases of each; the rest is what it leaves out.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
+	$(PYTEST) --part quick --cov --cov-report=term --cov-fail-under=95
+
+test-rest: $(INSTALLED)
+	$(PYTEST) --part rest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

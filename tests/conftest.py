@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import zlib
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -37,10 +39,37 @@ UNTRACED = re.compile(
 )
 
 
-def pytest_collection_modifyitems(items):
+QUICK_CASES = 6  # of a test with more, which are a spread of its samplers, schedules and so on
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--part",
+        choices=["quick", "rest"],
+        help=f"quick: no slow test, and at most {QUICK_CASES} cases of each; rest: what quick leaves out; by default all",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if UNTRACED.fullmatch(item.path.stem):
             item.add_marker("no_cover")
+    part = config.getoption("part")
+    if part is not None:
+        quick = quick_part(items)
+        left_out = [item for item in items if (item.nodeid in quick) != (part == "quick")]
+        items[:] = [item for item in items if (item.nodeid in quick) == (part == "quick")]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def quick_part(items):
+    """Ids of the tests of `--part quick`: each case has the same chance, and the next run has the same ones."""
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            cases[item.nodeid.partition("[")[0]].append(item.nodeid)
+    drawn = (sorted(ids, key=lambda one: zlib.crc32(one.encode()))[:QUICK_CASES] for ids in cases.values())
+    return {one for ids in drawn for one in ids}
 
 
 @pytest.fixture

@@ -210,6 +210,7 @@ def references(exact):
     return reference
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("schedule", ["vp_linear", "edm", "flow", "zero_snr"], indirect=True)
 def test_all_agree_on_the_mixture(exact, references, schedule, name):

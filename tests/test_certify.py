@@ -90,6 +90,7 @@ def test_settings_are_what_they_are_called(entry):
     assert bool(list(stochastic(entry))) == (entry.stochastic != "no")
 
 
+@pytest.mark.slow
 def test_every_stated_exception_matches_a_sampler_and_says_why():
     for row in (*STATED, *KNOWN, *STATED_WEAK):
         assert row.reason
@@ -354,6 +355,7 @@ def test_certify_writes_tables_summary_and_provenance(tmp_path):
     assert made["versions"]["diffusers"]
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_a_failing_certificate_is_exit_code_1(tmp_path, monkeypatch):
     monkeypatch.setattr(order, "make_plan", lambda *a, **k: planted(make_plan(*a, **k)))

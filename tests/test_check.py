@@ -197,6 +197,7 @@ def images(digits: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "digits.npz"
 
 
+@pytest.mark.slow
 def test_two_mistakes_at_once_on_the_shipped_network(digits: Tensor) -> None:
     network = load_network("mnist", "cpu", "fp32")
     wrong = EpsModel(network.model.net, network.model.schedule, "x0", lambda t: 1000 * t)
@@ -208,6 +209,7 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(main, ["check", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_command_finds_the_shipped_network_right(images: Path) -> None:
     result = run("mnist", "--data", images, "--samples", 8)
     assert result.exit_code == 0, result.output
@@ -215,6 +217,7 @@ def test_the_command_finds_the_shipped_network_right(images: Path) -> None:
     assert "declared best" in result.output
 
 
+@pytest.mark.slow
 def test_the_command_names_a_mistake_in_a_checkpoint(images: Path, tmp_path: Path) -> None:
     import json
     import shutil

@@ -68,6 +68,7 @@ def call(folder: Path, *options: str) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_pieces_of_no_time_at_all_come_to_the_end(folder: Path) -> None:
     ends = []
     while not ends or not ends[-1].startswith("all done"):

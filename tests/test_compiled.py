@@ -21,6 +21,7 @@ def refuse(k, like):
     raise AssertionError("asked for noise")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddpm", "heun", "dpmpp-2m", "dpm-solver-3s"])
 @pytest.mark.parametrize("predicts", ["eps", "v"])
 def test_compiled_loop_gives_the_eager_result(name, predicts):
@@ -60,6 +61,7 @@ def test_bad_compile(exact):
             sample(exact(VP), "rk45", x_T=x_T, **{option: value})
 
 
+@pytest.mark.slow
 def test_each_compiled_loop_counts_for_itself():
     model = EpsModel(lambda x, t: 0.3 * x, VP)
     with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):

@@ -169,6 +169,7 @@ def whole(tmp_path_factory):
     return quick_table(tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, whole, number):
     out = tmp_path / "run"

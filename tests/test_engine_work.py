@@ -302,6 +302,7 @@ def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> pd.Data
     return finished(command(out), out)
 
 
+@pytest.mark.slow
 def test_a_kill_within_a_cell_costs_the_batch_in_flight(tmp_path: Path, command: Command, whole: pd.DataFrame) -> None:
     out = tmp_path / "run"
     killed = process(command(out))
@@ -314,6 +315,7 @@ def test_a_kill_within_a_cell_costs_the_batch_in_flight(tmp_path: Path, command:
     assert not (out / "work").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_on_one_folder_share_the_cells(tmp_path: Path, command: Command, whole: pd.DataFrame) -> None:
     out = tmp_path / "run"
     other = process(command(out))
@@ -326,6 +328,7 @@ def test_two_processes_on_one_folder_share_the_cells(tmp_path: Path, command: Co
     assert len(list(out.glob("cells/*.json"))) == len(whole)
 
 
+@pytest.mark.slow
 def test_processes_under_torchrun_divide_the_samples(tmp_path: Path, command: Command, whole: pd.DataFrame) -> None:
     """Three, so that neither the 200 samples nor the ten batches of a cell divide evenly."""
     group = process(command(tmp_path), 3)
@@ -337,6 +340,7 @@ def test_processes_under_torchrun_divide_the_samples(tmp_path: Path, command: Co
     assert said.count("table, plot and pictures") == 1
 
 
+@pytest.mark.slow
 def test_a_lost_worker_ends_the_run_cleanly_and_it_goes_on(
     tmp_path: Path, command: Command, whole: pd.DataFrame
 ) -> None:

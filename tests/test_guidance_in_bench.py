@@ -221,6 +221,7 @@ def test_a_shared_first_call_is_that_of_the_same_guidance(labelled: BenchModel, 
     assert figures[0] == figures[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_loop_is_counted_too(labelled: BenchModel, tmp_path: Path) -> None:
     net = Meter(lambda x, t, class_labels: x * t[:, None] + class_labels[:, None].to(x.dtype))
     simple = replace(labelled, model=EpsModel(net, labelled.model.schedule))

@@ -98,6 +98,7 @@ def trained(method: Method, student: Linear, steps: int = 1000) -> Linear:
     return student
 
 
+@pytest.mark.slow
 def test_a_linear_student_learns_the_guided_teacher(teacher: Path) -> None:
     """v is affine in x0, so guidance acts on the gains: gain_c + w (gain_c - gain_none)."""
     method = linear_method(teacher, [0.5, -0.2, 0.1])
@@ -108,6 +109,7 @@ def test_a_linear_student_learns_the_guided_teacher(teacher: Path) -> None:
     assert method.loss(student, batch(method, 999), 0).item() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_wrong_sign_of_the_guidance_is_noticed(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(predict: Any, x_t: Tensor, t: Tensor, labels: Tensor, null_class: int, w: Tensor) -> Tensor:
         return guided_x0(predict, x_t, t, labels, null_class, -w)
@@ -138,6 +140,7 @@ def test_the_weights_of_guidance_fill_their_range(teacher: Path) -> None:
         assert not (batch(method, phase=phase)["labels"] == 2).any(), "no label, nothing to guide"
 
 
+@pytest.mark.slow
 def test_both_stages_leave_students_that_take_the_weight(teacher: Path, tmp_path: Path) -> None:
     method = Guided(config(teacher))
     assert [phase.name for phase in method.phases] == ["guided", "2-steps", "1-step"]
@@ -155,6 +158,7 @@ def test_both_stages_leave_students_that_take_the_weight(teacher: Path, tmp_path
             student.sample(calls, shape=(2, *SHAPE), cond=labels, guidance=4.5)
 
 
+@pytest.mark.slow
 def test_in_stage_two_the_student_before_teaches_under_the_same_weights(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

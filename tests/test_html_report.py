@@ -421,6 +421,7 @@ def shown(browser, folder):
     assert page.run("return window.owned") is None
 
 
+@pytest.mark.slow
 def test_a_request_never_leaves_the_page(shown, browser, folder):
     browser.get_log("performance")  # what the browser did before
     browser.refresh()

@@ -239,6 +239,7 @@ def run(*arguments: Any) -> Any:
     return CliRunner().invoke(main, ["bench", "latent", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_latent_suite_judges_and_shows_pixels(tiny_folder: Any, images: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\ndog\n")
     suite = load_suite("latent").changed(["ddim"], prompts=str(tmp_path / "prompts.txt"))

@@ -376,6 +376,7 @@ def test_a_student_begins_as_its_teacher_at_every_step_count(teacher: Path) -> N
     assert single.arguments == trained.arguments
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_student_that_says_how_it_samples(finished: Path) -> None:
     student = load_checkpoint(finished / "students" / "2-3-steps")
     assert sorted(student.plans) == [2, 3]
@@ -396,12 +397,14 @@ def test_a_student_of_several_step_counts_learns_to_tell_them_apart(finished: Pa
     assert (two - three).abs().max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_loss_falls(teacher: Path, tmp_path: Path) -> None:
     trainer, _ = run(teacher, tmp_path, steps=(2,), dtype="bf16", norm="l2", path="student", save_every=12)
     losses = [row["loss"] for row in trainer.log]
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(
     teacher: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def run(scheduler: Any, x: Tensor, seed: int | None = 3, **step: Any) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 def test_importing_the_adapter_does_not_import_diffusers() -> None:
     code = (
         "import samplers.adapters.diffusers as a, sys; print('diffusers' in sys.modules, 'PlanScheduler' in a.__all__)"

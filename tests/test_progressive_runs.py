@@ -55,6 +55,7 @@ def uninterrupted(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.mark.slow
 def test_each_phase_leaves_a_student_with_its_plan(uninterrupted: Path, teacher: Path) -> None:
     assert sorted(path.name for path in (uninterrupted / "students").iterdir()) == ["1-step", "2-steps"]
     for name, steps, images in (("2-steps", 2, 48), ("1-step", 1, 112)):
@@ -71,6 +72,7 @@ class Stopped(BaseException):
     """Stands for a kill inside the process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_run_stopped_in_a_phase_and_resumed_is_the_uninterrupted_one(
     stop: int, teacher: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

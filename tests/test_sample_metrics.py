@@ -185,6 +185,7 @@ def test_sliced_wasserstein_of_shifted_samples(repeats):
     assert line.value == pytest.approx(2.5, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_sliced_wasserstein_of_scaled_normals():
     """Between N(0, I) and N(0, 4 I) every projection is 1 apart."""
     found = sliced_wasserstein(normal(20_000, 3, 0), 2 * normal(15_000, 3, 1))
@@ -218,6 +219,7 @@ def directional(x: np.ndarray, y: np.ndarray, value: float, projections: int) ->
     return 0.5 * float(squares.std(ddof=1)) / math.sqrt(projections) / value
 
 
+@pytest.mark.slow
 def test_sliced_wasserstein_interval_covers_the_mean_of_the_estimates():
     """The directions are the same in all of them, so that intervals are wider than the estimates vary, but not by much."""
     y = normal(400, 3, 999, 1.0)

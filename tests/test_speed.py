@@ -55,6 +55,7 @@ def test_bandwidth_is_positive_and_finite():
     assert 0 < speed.copy_bandwidth(torch.ones(4, 8), 3, seconds=0.0) < 1e9
 
 
+@pytest.mark.slow
 def test_command_writes_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "SHAPES", ((2, 3),))
     monkeypatch.setattr(speed.end_to_end, "__defaults__", (("ddim",), (1,), "cpu", 0.0))

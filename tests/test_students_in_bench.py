@@ -106,6 +106,7 @@ def test_a_students_images_are_those_of_its_own_plan_in_any_batch(folders: Path)
     assert (torch.cat(parts) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_the_model_itself_may_be_a_student(folders: Path, tmp_path: Path) -> None:
     folder = folders / "run/students/4-steps"
     given = "--model", folder, "--samplers", "ddim,dpmpp-2m", "--nfe", "2,4", "--num-samples", 12, "--out", tmp_path
@@ -133,6 +134,7 @@ def test_an_untrained_budget_is_its_plans_sampler_on_the_uniform_grid(folders: P
     assert at(rows, "s")[3]["value"] == pytest.approx(at(rows, "same")[3]["value"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_costs_are_columns_and_a_table(folders: Path, teacher: BenchModel, tmp_path: Path) -> None:
     given = "--model", folders / "teacher", "--samplers", "ddim", "--nfe", "2,3", "--num-samples", 12, "--out", tmp_path
     result = bench(*given, "--student", f"progressive={folders / 'run/students'}")

@@ -244,6 +244,7 @@ def test_no_two_lines_look_alike() -> None:
     assert len(seen) == 64  # in a small picture the dashes of a line may not show
 
 
+@pytest.mark.slow
 def test_many_rows_make_the_picture_taller_not_the_legend_cut(tmp_path: Path) -> None:
     save_frontier([row(f"s{k}", 4, 1.0 + k) for k in range(40)], 0.0, "t", tmp_path / "many.png")
     save_frontier([row("s", 4, 1.0)], 0.0, "t", tmp_path / "one.png")

@@ -161,6 +161,7 @@ def test_an_analytical_first_step_is_for_start_noise_alone(exact):
     torch.testing.assert_close(whole.x, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_compiled_loop_is_the_same(exact):
     given = {"strength": 0.5, "nfe": 4}
     eager, compiled = (

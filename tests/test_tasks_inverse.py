@@ -151,6 +151,7 @@ def test_dps_takes_measurements_that_are_not_linear():
     assert (x.tanh() - y).square().mean() < 0.1 * (free.tanh() - y).square().mean()
 
 
+@pytest.mark.slow
 def test_on_a_mixture_the_gradient_helps_and_resampling_helps_more(mixture):
     """One of two coordinates is measured; how likely are the restored pairs, between true ones and random ones?"""
     model, truth = EpsModel(mixture.net(VP), VP), mixture.sample(400)

@@ -233,6 +233,7 @@ def test_building_a_trainer_leaves_the_global_random_numbers_alone(tmp_path: Pat
     assert torch.equal(torch.rand(1), expected)
 
 
+@pytest.mark.slow
 def test_a_new_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
     trainer(tmp_path / "first", images=32).run(*data(), quiet=True)
     init, trained = str(tmp_path / "first/model"), load_checkpoint(tmp_path / "first/model").network.state_dict()
@@ -246,6 +247,7 @@ def test_a_new_run_may_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) ->
     assert not torch.equal(resumed.weights.averaged().unet.conv_in.weight, trained["unet.conv_in.weight"])
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_not_need_what_it_began_with(tmp_path: Path) -> None:
     trainer(tmp_path / "first", images=32).run(*data(), quiet=True)
     init = str(tmp_path / "first/model")

@@ -68,6 +68,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_of_no_time_is_the_uninterrupted_one(uninterrupted: Path, tmp_path: Path) -> None:
     steps = [0]
     while steps[-1] < 20:
@@ -83,6 +84,7 @@ def test_a_run_in_pieces_of_no_time_is_the_uninterrupted_one(uninterrupted: Path
 # a run ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "predicts"), [("fp32", "v"), ("bf16", "v"), ("fp32", "eps")])
 def test_the_loss_falls(dtype: str, predicts: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, images=16 * 40, dtype=dtype, predicts=predicts, learning_rate=3e-3, save_every=40)
@@ -267,6 +269,7 @@ def test_a_phase_begins_with_the_averaged_weights_of_the_one_before(tmp_path: Pa
     torch.testing.assert_close(average, decay * left["unet.conv_in.weight"] + (1 - decay) * now)
 
 
+@pytest.mark.slow
 def test_the_phases_have_their_own_learning_rates_and_leave_their_students(phased: Path) -> None:
     rows = curve(phased)
     assert [(row["step"], row["phase"]) for row in rows] == [(2, "a"), (4, "a"), (5, "a"), (6, "b"), (8, "b")]
@@ -279,6 +282,7 @@ def test_the_phases_have_their_own_learning_rates_and_leave_their_students(phase
     assert [cost["images"] for cost in b.info["phases"].values()] == [80, 48]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(0,), (5,), (3, 5, 7)], ids=str)
 def test_a_run_resumed_in_any_phase_is_the_uninterrupted_one(
     stops: tuple[int, ...], phased: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -313,6 +317,7 @@ def test_the_cost_of_a_phase_is_what_its_rows_add() -> None:
     assert phase_costs([]) == {}
 
 
+@pytest.mark.slow
 def test_the_data_of_a_run_may_not_change(uninterrupted: Path, tmp_path: Path) -> None:
     images, labels = data()
     trainer(tmp_path).run(images, labels, quiet=True, minutes=0.0)

@@ -38,6 +38,7 @@ def listen(run: Trainer) -> io.StringIO:
 # kills ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(4, 6, 7)], ids=str)
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
     stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -54,6 +55,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_for_good_resumes_to_the_uninterrupted_one(tmp_path: Path) -> None:
     images, labels = data()
     np.savez(tmp_path / "data.npz", images=images.numpy(), labels=labels.numpy())
@@ -117,6 +119,7 @@ def test_the_model_is_never_older_than_the_state(monkeypatch: pytest.MonkeyPatch
     assert load_checkpoint(tmp_path / "model").info["images"] == 16 * 8
 
 
+@pytest.mark.slow
 def test_a_finished_run_returns_at_once_and_restores_its_models(tmp_path: Path) -> None:
     Trainer(Phased(phased_config()), tmp_path).run(*data(), quiet=True)
     kept = {name: (tmp_path / name / "model.safetensors") for name in ("model", "averages/200", "students/b")}
@@ -131,6 +134,7 @@ def test_a_finished_run_returns_at_once_and_restores_its_models(tmp_path: Path) 
     assert {name: file.read_bytes() for name, file in kept.items()} == before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_write_through_to_the_files_it_was_read_from(tmp_path: Path) -> None:
     trainer(tmp_path, **SHORT).run(*data(), quiet=True)
     saved = tmp_path / "checkpoints/step-00000008"
@@ -141,6 +145,7 @@ def test_a_resumed_run_does_not_write_through_to_the_files_it_was_read_from(tmp_
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_run_may_be_made_longer_but_not_shorter(tmp_path: Path) -> None:
     short, long = (
         {**SHORT, "images": 16 * 4, "cooldown": 0},
@@ -154,6 +159,7 @@ def test_a_run_may_be_made_longer_but_not_shorter(tmp_path: Path) -> None:
         trainer(tmp_path / "a", **short)
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +245,7 @@ def test_a_run_goes_back_to_the_last_checkpoint_with_half_the_learning_rate(
     assert all(value.isfinite().all() for value in checkpoint.network.state_dict().values())
 
 
+@pytest.mark.slow
 def test_the_factor_and_the_count_survive_a_kill_right_after_and_a_resumption(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -266,6 +273,7 @@ def test_the_factor_and_the_count_survive_a_kill_right_after_and_a_resumption(
     assert (finished.step, finished.rate_factor, finished.rollbacks) == (8, 0.5, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "what"), [(math.nan, "the loss"), (NoGradient, "a weight")])
 @pytest.mark.parametrize("rollbacks", [0, 2])
 def test_a_run_that_fails_too_often_stops_and_keeps_its_checkpoint(
@@ -285,6 +293,7 @@ def test_a_run_that_fails_too_often_stops_and_keeps_its_checkpoint(
     trainer(tmp_path, **{**settings, "rollbacks": 5}).run(*data(), quiet=True)  # the user may allow more
 
 
+@pytest.mark.slow
 def test_a_rollback_in_a_later_phase_begins_that_phase_again_with_half_the_rate(tmp_path: Path) -> None:
     method = Phased(phased_config())
     run = Trainer(method, tmp_path)
@@ -294,6 +303,7 @@ def test_a_rollback_in_a_later_phase_begins_that_phase_again_with_half_the_rate(
     assert [row["learning_rate"] for row in curve(tmp_path)] == pytest.approx([1e-3, 1e-3, 1e-3, 2e-3, 1e-3])
 
 
+@pytest.mark.slow
 def test_a_phase_after_one_that_was_rolled_back_has_the_whole_rate(tmp_path: Path) -> None:
     run = Trainer(Phased(phased_config()), tmp_path)
     spoil(run, 1, math.nan, times=1)
@@ -304,6 +314,7 @@ def test_a_phase_after_one_that_was_rolled_back_has_the_whole_rate(tmp_path: Pat
 # a full disk ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_stops_the_run_and_nothing_is_lost(tmp_path: Path) -> None:
     run = trainer(tmp_path, **SHORT)
     original = run._train_step

@@ -88,6 +88,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_divide_the_work_and_resume(kind: str, runs: Path) -> None:
     about = [json.loads((runs / f"{kind}-{rank}.json").read_text()) for rank in range(2)]

@@ -22,6 +22,7 @@ from distill.trainer import Trainer
 SHORT: dict[str, Any] = {"images": 16 * 7, "log_every": 2, "save_every": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
 @pytest.mark.parametrize("quiet", [True, False], ids=["quiet", "shown"])
 def test_progress_is_a_bar_in_a_terminal_and_lines_elsewhere(terminal: bool, quiet: bool, tmp_path: Path) -> None:
@@ -56,6 +57,7 @@ class Judge:
         return {"figure": self.figure + step}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "steps"), [(0, [5, 8]), (4, [4, 5, 8])])
 def test_the_averaged_weights_are_evaluated_now_and_then_and_at_the_end_of_each_phase(
     every: int, steps: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -102,6 +104,7 @@ def test_a_figure_that_is_not_finite_does_not_stop_the_run(monkeypatch: pytest.M
     assert trainer(tmp_path, **SHORT).log == run.log
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 def test_the_log_is_written_for_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -124,6 +127,7 @@ def test_tensorboard_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPa
         trainer(tmp_path, tensorboard=True)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_as_it_would_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The tracing of torch.compile, without its C++ code, which takes minutes to build on a CPU."""
     original, compiled = nn.Module.compile, []

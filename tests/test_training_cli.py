@@ -74,6 +74,7 @@ def halving(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # from data to a table ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_gives_a_model_to_bench_and_resumes(data: Path, tmp_path: Path) -> None:
     config = write(tmp_path / "tiny.yaml", network=TINY, images=16, **RUN)
     first = run("train", config, "--data", data, "--out", tmp_path / "run", "--evaluate-samples", 0)
@@ -88,6 +89,7 @@ def test_train_gives_a_model_to_bench_and_resumes(data: Path, tmp_path: Path) ->
     assert run("bench", "mnist", "--model", tmp_path / "run/model", *few).exit_code == 0
 
 
+@pytest.mark.slow
 def test_distill_gives_students_to_bench(data: Path, teacher: Path, halving: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = run("distill", halving, "--teacher", teacher, "--data", data, "--out", out, "--evaluate-samples", 10)
@@ -243,6 +245,7 @@ def test_an_evaluation_leaves_the_weights_alone(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in student.network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_given_no_time_stops_after_a_row_and_goes_on(data: Path, tmp_path: Path) -> None:
     config = write(tmp_path / "run.yaml", method="teacher", network=TINY, images=24, **RUN)
     command = ("train", config, "--data", data, "--out", tmp_path / "out", "--evaluate-samples", 0, "--minutes", 0)

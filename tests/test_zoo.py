@@ -26,6 +26,7 @@ def digits(model, indices, **options):
     return sample(model.model, "dpmpp-2m", shape=shape, indices=indices, cond=model.cond(indices), **options)
 
 
+@pytest.mark.slow
 def test_the_shipped_model_draws_the_digits_it_is_asked_for(mnist):
     indices = torch.arange(100)
     samples = digits(mnist, indices, nfe=6)
@@ -45,6 +46,7 @@ def test_a_digit_is_the_same_in_any_batch(mnist, size):
     assert (whole - parts).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_bf16_changes_the_digits_little(mnist):
     half = load_model("mnist", dtype="bf16")
     indices = torch.arange(20)
