@@ -205,7 +205,7 @@ def references(exact):
     @functools.cache
     def reference(schedule):
         x_T = float(schedule.sigma(schedule.t_max)) * X_T[:, :2]
-        return x_T, sample(exact(schedule, "v"), "rk45", x_T=x_T, rtol=1e-11, atol=1e-11)
+        return x_T, sample(exact(schedule, "v"), "dopri8", x_T=x_T, rtol=1e-12, atol=1e-12)
 
     return reference
 
