@@ -100,14 +100,10 @@ def _in_folder(mend: str) -> str:
 
 def _ranges(network: Network) -> list[Any]:
     """What latents may be beside the VAE's own, scaled as its config says."""
-    from bench.hypotheses import Data
+    from bench.hypotheses import latent_ranges
 
     space = network.space
-    if space is None:
-        return []
-    scale, shift = (value.to(network.device) for value in (space.scale, space.shift))
-    mend = "latents as the VAE gives them: set scaling_factor to 1 and shift_factor to 0 in its config"
-    return [Data("latents without the VAE's scaling and shift", mend, 1 / scale, shift)]
+    return [] if space is None else latent_ranges(space.scale.to(network.device), space.shift.to(network.device))
 
 
 def _table(verdict: Verdict, title: str) -> Any:

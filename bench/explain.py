@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bench.explain_trace import Side, Traced, in_kind, trace
+from bench.explain_space import Side, Traced
+from bench.explain_trace import in_kind, trace
 from bench.export import Noise
 from samplers.schedule import Flow, Schedule
 

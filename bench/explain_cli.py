@@ -30,11 +30,11 @@ _SHOWN = 50  # steps in a table
 def explain(a: str, b: str, set_a: tuple[str, ...], set_b: tuple[str, ...], schedule: str, **how: Any) -> None:
     """Say where the samplers A and B part: node, time, order, final step, noise or dtype, with numbers.
 
-    Each is a sampler (dpmpp-2m), diffusers:CLASS, k-diffusion:FUNCTION, MODULE:FUNCTION of k-diffusion's form, or an exported
-    plan.json. Exit code 1 where they part.
+    Each is a sampler (dpmpp-2m), diffusers:CLASS (PlanScheduler too), k-diffusion:FUNCTION, MODULE:FUNCTION of k-diffusion's
+    form, or an exported plan.json. Exit code 1 where they part.
     """
     from bench.explain import explain as run
-    from bench.explain_trace import Side
+    from bench.explain_space import Side
     from bench.export import named_noise
 
     if "" not in sys.path:

@@ -7,15 +7,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from samplers import EpsModel
 from samplers.model import PREDICTIONS
-from samplers.schedule import EDM, Discrete, Schedule
+from samplers.schedule import EDM, Discrete, Schedule, from_betas
 
 _REACH = 2.5  # |lam|
 C_NOISE, C_IN = "log(sigma)/4", "EDM's c_in"
+_BETAS = (
+    ("DDPM", np.linspace(1e-4, 0.02, 1000), "np.linspace(1e-4, 0.02, 1000)"),
+    (
+        "Stable Diffusion",
+        np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2,
+        "np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2",
+    ),
+)
 _SAME = 0.004  # of its range: a convention that differs from another by less is the same
 
 
@@ -108,7 +117,9 @@ def times(model: EpsModel, levels: Levels) -> list[Time]:
             Time(f"reversed: {count - 1} - t", _lambda(f"{count - 1} - t"), count - 1 - t),
             Time(f"reversed, in 0..1: 1 - t/{count}", _lambda(f"1 - t / {count}"), 1 - t / count),
         ]
-    elif not isinstance(schedule, EDM):
+    elif isinstance(schedule, EDM):
+        found += _places(schedule, t)
+    else:
         found += [
             Time("1000 t, in 0..999", _lambda("1000 * t"), 1000 * t),
             Time("reversed: 1 - t", _lambda("1 - t"), 1 - t),
@@ -119,10 +130,42 @@ def times(model: EpsModel, levels: Levels) -> list[Time]:
         Time("log(sigma)", _lambda("schedule.sigma_bar(t).log()"), noise),
         Time("250 log(sigma)", _lambda("250 * schedule.sigma_bar(t).log()"), 250 * noise),
         Time("sigma", _lambda("schedule.sigma_bar(t)"), levels.sigma_bar),
+        Time("log SNR, which is reversed", _lambda("2 * schedule.lam(t)"), -2 * noise),
     ]
     base = c_noise.values if model.predicts == "edm" else t
     asked = base if model.time_input is None else model.time_input(base.clone()).double()
     return _declared_first(found, lambda h: h.values, asked, Time("time_input as declared", "", asked))
+
+
+def _places(schedule: EDM, sigma: Tensor) -> list[Time]:
+    """The place of a sigma among 1000, as an index or a share, counted from data or from noise (reversed); and DDPM's indices.
+
+    The sigmas are those of EDM's steps (Karras et al. 2022, arXiv:2206.00364, equation 5), or of a variance-exploding network
+    (Song et al. 2021, arXiv:2011.13456, appendix C). A denoiser around a network of DDPM or Stable Diffusion has its table.
+    """
+    low, high = schedule.sigma_min ** (1 / 7), schedule.sigma_max ** (1 / 7)
+    span = math.log(schedule.sigma_max / schedule.sigma_min)
+    spaced = {
+        "rho 7": (f"(t**(1/7) - {low:.6g}) / {high - low:.6g}", (sigma ** (1 / 7) - low) / (high - low)),
+        "even in log": (
+            f"(t / {schedule.sigma_min:g}).log() / {span:.6g}",
+            (sigma / schedule.sigma_min).log() / span,
+        ),
+    }
+    found = []
+    for name, (text, place) in spaced.items():
+        found += [
+            Time(f"index 0..999 of sigmas {name}", _lambda(f"999 * {text}"), 999 * place),
+            Time(f"place 0..1 among sigmas {name}", _lambda(text), place),
+            Time(f"reversed: index 999..0 of sigmas {name}", _lambda(f"999 * (1 - {text})"), 999 * (1 - place)),
+            Time(f"reversed: place 1..0 among sigmas {name}", _lambda(f"1 - {text}"), 1 - place),
+        ]
+    for name, betas, text in _BETAS:
+        index = from_betas(betas).t_of_lam(-sigma.log())
+        found.append(
+            Time(f"index 0..999 of {name}'s sigmas", _lambda(f"schedules.from_betas({text}).t_of_lam(-t.log())"), index)
+        )
+    return found
 
 
 def scalings(model: EpsModel, levels: Levels) -> list[Scaling]:
@@ -164,7 +207,8 @@ def data_ranges(data: Tensor, extra: Sequence[Data] = ()) -> list[Data]:
 
     Args:
         data: as given, (N, ...).
-        extra: further ones; none = that data in [-1, 1] may have been meant in [0, 1], or the other way round.
+        extra: further ones, such as `latent_ranges`; none = that data in [-1, 1] may have been meant in [0, 1], or the other
+            way round.
     """
     mean, std = float(data.double().mean()), float(data.double().std())
     unit = Data("mean 0, deviation 1", f"data as (x - {mean:.4g}) / {std:.4g}, and samples back", 1 / std, -mean / std)
@@ -173,7 +217,27 @@ def data_ranges(data: Tensor, extra: Sequence[Data] = ()) -> list[Data]:
     else:
         other = Data("[0, 1]", "data as (x + 1) / 2, and samples back as 2 * samples - 1", 0.5, 0.5)
     found = [Data("as given", "", 1.0, 0.0), *(extra or [other]), unit]
-    return found[:-1] if math.isclose(std, 1, abs_tol=0.05) and abs(mean) < 0.05 else found
+    return found[:-1] if any(_standard(h.of(data)) for h in found[:-1]) else found
+
+
+def latent_ranges(scale: Tensor, shift: Tensor) -> list[Data]:
+    """Mistakes with the factors of a VAE, `latents = (z - shift) * scale`: applied where they should not be, or not applied.
+
+    Args:
+        scale, shift: numbers (1 or C, 1, 1), as of `samplers.adapters.latent.LatentSpace`; 1 and 0 leave no mistake.
+    """
+    if bool((scale == 1).all()) and not bool(shift.any()):
+        return []
+    without = "latents as the VAE gives them: set scaling_factor to 1 and shift_factor to 0 in its config"
+    scaled = "latents as (z - shift_factor) * scaling_factor of the VAE's z, and samples back before it decodes them"
+    return [
+        Data("latents without the VAE's scaling and shift", without, 1 / scale, shift),
+        Data("latents with the VAE's scaling and shift", scaled, scale, -shift * scale),
+    ]
+
+
+def _standard(data: Tensor) -> bool:
+    return abs(float(data.double().mean())) < 0.05 and math.isclose(float(data.double().std()), 1, abs_tol=0.05)
 
 
 H = TypeVar("H", bound=Hypothesis)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from bench.check import Verdict, check_model
 from bench.cli import main
+from bench.hypotheses import latent_ranges
 from bench.mixture import GaussianMixture
+from bench.network import Network
 from bench.zoo import load_network
 from distill.checkpoint import read_json
 from samplers import EpsModel, sample, schedules
@@ -27,6 +30,12 @@ SCHEDULES = {
     "edm": schedules.edm(),
     "flow": schedules.flow(),
 }
+KARRAS_PLACE = "(t**(1/7) - 0.41156) / 1.45856"
+
+
+def karras(place: Tensor) -> Tensor:
+    """The sigma at a share of EDM's steps, from 0.002 at 0 to 80 at 1 (Karras et al. 2022, equation 5)."""
+    return (0.002 ** (1 / 7) + place * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +100,22 @@ def scaled(model: EpsModel, factor: Any, time: Any = lambda t: t) -> EpsModel:
         ("discrete", lambda t: 1000 * t, "time_input=lambda t: t / 1000"),
         ("discrete", lambda t: 999 - t, "time_input=lambda t: 999 - t"),
         ("edm", lambda t: torch.exp(4 * t), "time_input=lambda t: 0.25 * schedule.sigma_bar(t).log()"),
+        ("edm", lambda t: torch.exp(-t / 2), "time_input=lambda t: 2 * schedule.lam(t)"),
+        ("edm", lambda t: karras(t / 999), f"time_input=lambda t: 999 * {KARRAS_PLACE}"),
+        ("edm", lambda t: karras(t), f"time_input=lambda t: {KARRAS_PLACE}"),
+        ("edm", lambda t: karras(1 - t / 999), f"time_input=lambda t: 999 * (1 - {KARRAS_PLACE})"),
+        ("edm", lambda t: karras(1 - t), f"time_input=lambda t: 1 - {KARRAS_PLACE}"),
+        (
+            "edm",
+            lambda t: 0.002 * torch.exp(t / 999 * 10.5966),
+            "time_input=lambda t: 999 * (t / 0.002).log() / 10.5966",
+        ),
+        ("edm", lambda t: 0.002 * torch.exp((1 - t) * 10.5966), "time_input=lambda t: 1 - (t / 0.002).log() / 10.5966"),
+        (
+            "edm",
+            SCHEDULES["discrete"].sigma_bar,  # a network of DDPM, as the denoisers of k-diffusion take it
+            "time_input=lambda t: schedules.from_betas(np.linspace(1e-4, 0.02, 1000)).t_of_lam(-t.log())",
+        ),
     ],
 )
 def test_another_time_or_direction_is_named(exact: Any, data: Tensor, name: str, inverse: Any, mend: str) -> None:
@@ -100,7 +125,8 @@ def test_another_time_or_direction_is_named(exact: Any, data: Tensor, name: str,
     assert verdict.mends == (mend,)
     assert "the network takes time as" in verdict.text
     schedule = SCHEDULES[name]
-    mended = EpsModel(model.net, schedule, time_input=eval(mend.removeprefix("time_input="), {"schedule": schedule}))
+    names = {"schedule": schedule, "schedules": schedules, "np": np}
+    mended = EpsModel(model.net, schedule, time_input=eval(mend.removeprefix("time_input="), names))
     assert check_model(mended, data).right
 
 
@@ -246,6 +272,50 @@ def test_a_latent_pipeline_is_checked_on_its_latents(tiny_folder: Any, tmp_path:
     assert result.exit_code == 1, result.output
     assert "no convention makes this network denoise" in result.output
     assert "latents without the VAE's scaling" in result.output
+
+
+@pytest.fixture(scope="module")
+def latents(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A pipeline, a file of images, their latents as the network takes them, and `exact(of)`: the model of other latents."""
+    network = load_network(str(tiny_folder(tiny.dit)), "cpu", "fp32")
+    path = tmp_path_factory.mktemp("patterns") / "images.npz"
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 4, 4), dtype=np.uint8).repeat(4, 2).repeat(4, 3)
+    np.savez(path, images=images)
+    z = network.encode(torch.from_numpy(images).float() / 127.5 - 1)
+
+    def exact(of: Tensor) -> Network:
+        patterns = GaussianMixture.isotropic(of, 0.02 * float(of.std()))
+        net = _network(patterns, network.model.schedule, "eps")
+        model = EpsModel(lambda x, t, **cond: net(x, t), network.model.schedule)
+        return replace(network, model=model)
+
+    return network, path, z, exact
+
+
+def test_latents_that_the_vaes_factor_should_not_scale(latents: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network trained on the VAE's own latents, in a folder whose config says 0.18215."""
+    network, path, z, exact = latents
+    monkeypatch.setattr("bench.zoo.load_network", lambda *_, **__: exact(z / network.space.scale))
+    result = run("exact", "--data", path, "--samples", 8)
+    assert result.exit_code == 1, result.output
+    assert (
+        "trained on data of range latents without the VAE's scaling and shift, and not on data as given"
+        in result.output
+    )
+    assert "to mend it: latents as the VAE gives them: set scaling_factor to 1 and shift_factor to 0" in result.output
+    monkeypatch.setattr("bench.zoo.load_network", lambda *_, **__: exact(z))
+    assert run("exact", "--data", path, "--samples", 8).exit_code == 0
+
+
+def test_latents_that_lack_the_vaes_scaling(latents: Any) -> None:
+    _, _, z, exact = latents
+    scale, shift = torch.full((1, 1, 1), 0.18215), torch.full((1, 1, 1), 0.3)
+    verdict = check_model(exact((z - shift) * scale).model, z, ranges=latent_ranges(scale, shift))
+    assert verdict.mends == (
+        "latents as (z - shift_factor) * scaling_factor of the VAE's z, and samples back before it decodes them",
+    )
+    assert "trained on data of range latents with the VAE's scaling and shift, and not on data as given" in verdict.text
+    assert latent_ranges(torch.ones(1, 1, 1), torch.zeros(1, 1, 1)) == []
 
 
 def test_what_the_command_needs(images: Path, tmp_path: Path, tiny_folder: Any) -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from bench.certify import k_diffusion
 from bench.cli import main
 from bench.explain import CAUSES, explain
-from bench.explain_trace import Side, in_kind, trace
+from bench.explain_space import Side
+from bench.explain_trace import in_kind, trace
 from bench.export import document, named_noise
 from samplers import make_plan
 from samplers.adapters.k_diffusion import K_DIFFUSION
@@ -194,10 +196,72 @@ def test_flow_matching_is_euler():
     assert explain(Side("dpmpp-2m"), scheduler, noise, STEPS, same_nodes=True).part.cause == "order"
 
 
+@pytest.mark.parametrize(
+    ("sampler", "options", "scheduler", "settings"),
+    [
+        ("euler", {}, "EDMEulerScheduler", {}),
+        ("euler", {}, "EDMEulerScheduler", {"prediction_type": "v_prediction", "sigma_data": 1.0}),
+        ("euler", {}, "EDMEulerScheduler", {"sigma_schedule": "exponential"}),
+        ("dpmpp-2m", {"lower_order_final": True}, "EDMDPMSolverMultistepScheduler", {}),
+        ("dpmpp-2m", {"solver_type": "heun"}, "EDMDPMSolverMultistepScheduler", {"solver_type": "heun"}),
+        ("dpmpp-3m", {}, "EDMDPMSolverMultistepScheduler", {"solver_order": 3}),
+        ("dpmpp-2m-sde", {}, "EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ],
+)
+def test_schedulers_of_edm_are_the_same_method(sampler, options, scheduler, settings):
+    """Their network is given c_in x and log(sigma) / 4, and preconditioned: none of which is part of the method."""
+    sides = Side(sampler, options), Side(f"diffusers:{scheduler}", settings)
+    found = explain(*sides, named_noise("edm"), STEPS, same_nodes=True, tolerance=1e-6)
+    assert found.part is None or found.part.cause == "dtype", found.part
+    assert found.difference < 1e-9
+    assert found.a.sigmas[0] == pytest.approx(80.0)
+
+
+def test_edm_s_last_step_of_second_order_is_named():
+    """EDM's Heun makes a second call in each step, its Euler does not; and sigma_data of the network is no part of it."""
+    found = explain(Side("edm"), Side("diffusers:EDMEulerScheduler"), named_noise("edm"), STEPS, same_nodes=True)
+    assert (found.part.cause, found.part.step) == ("node", 1)
+    other = explain(Side("dpmpp-2m"), Side("diffusers:EDMEulerScheduler"), named_noise("edm"), STEPS, same_nodes=True)
+    assert (other.part.cause, other.part.step) == ("order", 2)
+    assert "A uses 2 outputs (1, 2), B 1 output (2)" in other.part.text
+
+
+@pytest.mark.parametrize("schedule", ["sd15", "sd3", "edm"])
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [("dpmpp-2m", {}), ("unipc-3", {}), ("heun", {}), ("ddim", {"eta": 0.5}), ("dpmpp-sde", {}), ("pndm", {})],
+)
+def test_our_scheduler_is_the_sampler(schedule, sampler, options):
+    noise = named_noise(schedule)
+    ours = Side("diffusers:PlanScheduler", {"sampler": sampler, **options})
+    found = explain(Side(sampler, options), ours, noise, STEPS, same_nodes=True)
+    assert found.difference < 1e-12
+    assert found.part is None or found.part.cause == "dtype", found.part  # as shipped it tells times in float32
+    assert found.a.noises == found.b.noises
+    assert explain(Side(sampler, options), ours, noise, STEPS, same_nodes=True, tolerance=1e-6).part is None
+
+
+def test_our_scheduler_beside_others_and_with_its_settings():
+    ours = {"sampler": "dpmpp-2m", "grid": "config", "timestep_spacing": "trailing"}
+    theirs = {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
+    sides = Side("diffusers:PlanScheduler", ours), Side("diffusers:DPMSolverMultistepScheduler", theirs)
+    found = explain(*sides, NOISE, 5, tolerance=1e-4)
+    assert found.part is None
+    assert found.difference < 1e-9
+    planted = explain(Side("diffusers:PlanScheduler", {**ours, "solver_type": "heun"}), sides[1], NOISE, 5)
+    assert planted.part.step == 2
+    first = explain(Side("dpmpp-2m"), Side("diffusers:PlanScheduler", {"sampler": "ddim"}), NOISE, 5, same_nodes=True)
+    assert (first.part.cause, first.part.step) == ("order", 2)
+    afs = Side("diffusers:PlanScheduler", {"sampler": "dpmpp-2m", "grid": "karras", "afs": True})
+    plan = make_plan("dpmpp-2m", NOISE.schedule, steps=STEPS, grid="karras", afs=True)
+    np.testing.assert_allclose(trace(afs, NOISE, STEPS).matrix, plan.matrix("eps"), atol=1e-12)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("name", K_DIFFUSION)
 def test_functions_of_k_diffusion_are_the_same_method(name):
-    pytest.importorskip("k_diffusion.sampling")
+    if not k_diffusion.is_installed():
+        pytest.skip("pip install --no-deps k-diffusion")
     sampler, options = K_DIFFUSION[name]
     found = explain(Side(sampler, options), Side(f"k-diffusion:{name}"), NOISE, STEPS, grid="edm", tolerance=1e-4)
     assert found.part is None
@@ -248,6 +312,14 @@ def test_the_command_exits_with_0_where_they_are_the_same(tmp_path):
         (["ddim", "diffusers:DDIMScheduler", "--schedule", "sd3"], "DDIMScheduler matches no flows"),
         (["euler", "diffusers:FlowMatchEulerDiscreteScheduler"], "FlowMatchEulerDiscreteScheduler takes no betas"),
         (["ddim", "diffusers:DDIMScheduler", "--schedule", "cosine"], "table of betas"),
+        (["ddim", "diffusers:PlanScheduler", "--schedule", "cosine"], "table of betas"),
+        (["ddim", "diffusers:PlanScheduler", "--set-b", "sampler=rk45"], "chooses its steps"),
+        (["ddim", "diffusers:PlanScheduler", "--set-b", "eta2=1"], "unknown option of sampler 'dpmpp-2m': 'eta2'"),
+        (["euler", "diffusers:EDMEulerScheduler"], "EDMEulerScheduler is for schedule 'edm'"),
+        (
+            ["euler", "diffusers:SCMScheduler"],
+            "scheduler SCMScheduler cannot be compared: its network predicts on a circle",
+        ),
         (["ddim", "math:sampler"], "math has no function 'sampler'"),
         (["ddim", "nowhere.samplers:one"], "No module named 'nowhere'"),
         ([f"{HERE}:host", f"{HERE}:host"], "give a grid"),

@@ -170,7 +170,7 @@ def test_labels_with_guidance_give_the_images_of_dit(tiny_folder: Any) -> None:
         network.condition(prompts=["a cat"])
 
 
-@pytest.mark.parametrize("builder", ["stable_diffusion", "stable_diffusion_xl", "sd3", "flux"])
+@pytest.mark.parametrize("builder", ["stable_diffusion", "stable_diffusion_xl", "sd3", "flux", "pixart", "auraflow"])
 def test_prompts_are_encoded_as_the_pipeline_does(tiny_folder: Any, builder: str) -> None:
     """What the pipeline's own call hands to its network."""
     folder = tiny_folder(getattr(tiny, builder))
@@ -181,11 +181,13 @@ def test_prompts_are_encoded_as_the_pipeline_does(tiny_folder: Any, builder: str
     calls: list[dict[str, Any]] = []
     net = getattr(pipeline, name)
     net.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    scale = {"guidance_scale": 3.5 if builder == "flux" else 1.0}
-    pipeline(["a cat", "dog"], num_inference_steps=1, height=16, width=16, output_type="latent", **scale)
+    how = {"guidance_scale": 3.5 if builder == "flux" else 1.0}
+    if builder == "pixart":  # which else goes to the nearest of its own sizes, and to its libraries for captions
+        how |= {"use_resolution_binning": False, "clean_caption": False}
+    pipeline(["a cat", "dog"], num_inference_steps=1, height=16, width=16, output_type="latent", **how)
     theirs = {**calls[0], **(calls[0].get("added_cond_kwargs") or {})}
     ours = network.cond(torch.arange(2))
-    assert {"encoder_hidden_states"} < set(ours) or builder == "stable_diffusion"
+    assert ({"encoder_hidden_states"} < set(ours)) != (builder in ("stable_diffusion", "auraflow"))
     for key, value in ours.items():
         assert torch.allclose(value, theirs[key].to(value.dtype), atol=1e-5), key
     assert torch.equal(network.cond(torch.arange(3))["encoder_hidden_states"][2], ours["encoder_hidden_states"][0])
@@ -228,7 +230,7 @@ def test_what_cannot_be_a_latent_model_is_an_error(tiny_folder: Any, tmp_path: P
         load_pipeline(str(tiny_folder(tiny.stable_diffusion)), "cpu", "fp32", prompts="no.txt")
     with pytest.raises(ValueError, match="prompts is for a pipeline of diffusers; model 'mnist' is none"):
         load_network("mnist", "cpu", "fp32", prompts=("a cat",))
-    with pytest.raises(ValueError, match="on the hub, such as hf:owner/name"):
+    with pytest.raises(ValueError, match="on the hub, .*such as hf:owner/name"):
         load_network("owner/name", "cpu", "fp32")
 
 
@@ -259,6 +261,33 @@ def test_the_latent_suite_judges_and_shows_pixels(tiny_folder: Any, images: Path
         assert picture.mode == "RGB"
     assert run(*arguments).exit_code == 0  # and measures nothing again
     assert pd.read_csv(tmp_path / "out" / "table.csv")["seconds"].tolist() == table["seconds"].tolist()
+
+
+def test_the_latent_suite_on_a_pixart_from_the_hub(
+    tiny_folder: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a hub that is a folder: what is asked of it is the id, and that it may be downloaded."""
+    load, asked = diffusers.DiffusionPipeline.from_pretrained, list[tuple[Any, dict[str, Any]]]()
+
+    def from_pretrained(place: Any, **how: Any) -> Any:
+        asked.append((place, dict(how)))
+        return load(tiny_folder(tiny.pixart), **{**how, "local_files_only": True})
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", from_pretrained)
+    (tmp_path / "prompts.txt").write_text("a cat\ndog\n")
+    arguments = ["--model", "hf:owner/pixart", "--prompts", tmp_path / "prompts.txt", "--scale", 3]
+    arguments += ["--extractor", "pixels", "--reference", images, "--num-samples", 8, "--batch-size", 8]
+    arguments += ["--nfe", 2, "--samplers", "dpmpp-2m", "--out", tmp_path / "out"]
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert asked
+    for place, how in asked:
+        assert place == "owner/pixart"
+        assert how == {"local_files_only": False, "use_safetensors": True}
+    table = pd.read_csv(tmp_path / "out" / "table.csv")
+    assert table["status"].tolist() == ["done"] * 2
+    assert set(table["model"]) == {"hf:owner/pixart"}
+    assert table.loc[table["role"] == "sampler", "evaluations"].tolist() == [4]
 
 
 def test_a_judge_on_the_command_line_has_two_parts(images: Path) -> None:

@@ -191,8 +191,13 @@ def net_of(labels: int) -> nn.Module:
 
 
 class Evil:
+    """What a pickle may hold: reading it writes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
     def __reduce__(self) -> Any:
-        return (Path("/tmp/never").touch, ())
+        return (Path.touch, (self.file,))
 
 
 def test_weights_are_read_and_a_pickle_is_not(tmp_path: Path) -> None:
@@ -208,13 +213,15 @@ def test_weights_are_read_and_a_pickle_is_not(tmp_path: Path) -> None:
     for file, how in (("a.safetensors", {}), ("b.pt", {}), ("c.ckpt", {"key": "ema", "prefix": "module."})):
         loaded = load_weights(net_of(3), tmp_path / file, **how)  # type: ignore[arg-type]
         assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
-    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": Evil()}))
-    torch.save(Evil(), tmp_path / "evil.pt")
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({"ema": Evil(tmp_path / "never")}))
+    torch.save(Evil(tmp_path / "never"), tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"is a pickle: .*whatever code(.|\n)*save_file(.|\n)*net\.safetensors"):
         load_weights(other, tmp_path / "net.pkl")
     with pytest.raises(ValueError, match="is not a file of tensors alone"):
         load_weights(other, tmp_path / "evil.pt")
-    assert not Path("/tmp/never").exists()
+    assert not (tmp_path / "never").exists()
+    pickle.loads((tmp_path / "net.pkl").read_bytes())  # which would have been seen
+    assert (tmp_path / "never").exists()
 
 
 def test_weights_of_another_network_are_an_error(tmp_path: Path) -> None:

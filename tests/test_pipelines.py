@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from bench import judge as bench_judge
 from bench.cli import main
+from bench.floor import HALVES, TEST
 from bench.judge import JudgeSpec
 from bench.pipelines import load_pipeline
 from bench.zoo import load_model
@@ -45,7 +46,10 @@ def spec(folder: Path, **changes: Any) -> JudgeSpec:
 def test_a_pipeline_is_a_model(folder: Path) -> None:
     model = load_model(str(folder / "ddpm"), judge=spec(folder), num_samples=4)
     assert (model.shape, model.classes, model.dtype) == ((3, 8, 8), 0, "fp32")
-    assert (model.judge.metric, model.judge.floor) == ("fd_pixels", 0.0)
+    assert model.judge.metric == "fd_pixels"
+    assert [(floor.what, floor.count) for floor in model.judge.floors(50)] == [(HALVES, 50)]
+    with_test = load_model(str(folder / "ddpm"), judge=spec(folder, test=str(folder / "images.npz")), num_samples=4)
+    assert [(floor.what, floor.count) for floor in with_test.judge.floors(1000)] == [(TEST, 300), (HALVES, 150)]
     pipeline = diffusers.DDPMPipeline.from_pretrained(folder / "ddpm", local_files_only=True)
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(model.model.eps(x, 400.0), pipeline.unet(x, 400).sample, atol=1e-5)

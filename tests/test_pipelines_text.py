@@ -34,8 +34,10 @@ from pipeline_reference import (
     shifted,
     sized,
     text_guided,
+    text_pair,
     through,
     under,
+    unet,
     video,
 )
 
@@ -147,6 +149,27 @@ def test_a_class_conditional_transformer(tiny_pipeline, sampler):
     expected = (pixels / 2 + 0.5).clamp(0, 1)
     assert ((expected > 0) & (expected < 1)).double().mean() > 0.5
     check("DiTPipeline", sampler, difference(found, expected))
+
+
+@torch.no_grad()
+def test_single_precision_agrees_to_a_millionth(tiny_folder):
+    """As a user loads a pipeline; the network is called in doubled batches on both sides, as its rounding depends on them."""
+    case = CASES["stable-diffusion"]
+    pipe = case.kind.from_pretrained(tiny_folder(case.folder), local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    both, start = unet(pipe, torch.cat(text_pair(pipe)[::-1])), normal(*case.latents).float()
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        without, told = both(torch.cat([x, x]), t.repeat(2)).chunk(2)
+        return without + SCALE * (told - without)
+
+    assert under(pipe, "ddim", {**case.call, "latents": start}).dtype == torch.float32
+    errors = {sampler: run_both(pipe, case.call, network, start, sampler) for sampler in SAMPLERS}
+    for sampler, error in errors.items():
+        print(f"measured in float32 | {case.kind.__name__} | {sampler} | {error:.1e}")
+    assert {sampler: error for sampler, error in errors.items() if not error < 1e-6} == {}
+    wrong = run_both(pipe, case.call, lambda x, t: (1 + 1e-5) * network(x, t), start, "unipc-3")
+    assert wrong > 1e-6  # it would be seen
 
 
 @torch.no_grad()

@@ -213,6 +213,42 @@ def flux(folder: Path) -> Path:
     )
 
 
+def pixart(folder: Path) -> Path:
+    """`PixArtSigmaPipeline`: cross-attention to a T5's embeddings under a mask, learned variance, linear betas."""
+    net = _made(
+        lambda: diffusers.PixArtTransformer2DModel(
+            sample_size=SIZE // 2,
+            patch_size=2,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=WIDTH,
+        )
+    )
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    return _saved(diffusers.PixArtSigmaPipeline(_t5_tokenizer(), _t5(WIDTH), _vae(), net, scheduler), folder)
+
+
+def auraflow(folder: Path) -> Path:
+    """`AuraFlowPipeline`: flow matching with a shift, joint attention to the embeddings of a UMT5."""
+    net = _made(
+        lambda: diffusers.AuraFlowTransformer2DModel(
+            sample_size=SIZE // 2,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            caption_projection_dim=16,
+            pos_embed_max_size=64,
+        )
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    encoder = _t5(WIDTH, transformers.UMT5EncoderModel, transformers.UMT5Config)
+    return _saved(diffusers.AuraFlowPipeline(_t5_tokenizer(), encoder, _vae(), net, scheduler), folder)
+
+
 def animatediff(folder: Path) -> Path:
     """`AnimateDiffPipeline`: a Stable Diffusion network with a motion adapter, on latents (B, 4, frames, 8, 8)."""
     motion = _made(
@@ -303,11 +339,9 @@ def _clip_tokenizer() -> Any:
         return transformers.CLIPTokenizer.from_pretrained(name, model_max_length=77, local_files_only=True)
 
 
-def _t5(width: int) -> nn.Module:
-    config = transformers.T5Config(
-        vocab_size=128, d_model=width, d_kv=8, d_ff=37, num_layers=1, num_heads=2, dropout_rate=0.0
-    )
-    return _made(lambda: transformers.T5EncoderModel(config))
+def _t5(width: int, kind: Any = transformers.T5EncoderModel, settings: Any = transformers.T5Config) -> nn.Module:
+    config = settings(vocab_size=128, d_model=width, d_kv=8, d_ff=37, num_layers=1, num_heads=2, dropout_rate=0.0)
+    return _made(lambda: kind(config))
 
 
 def _t5_tokenizer() -> Any:

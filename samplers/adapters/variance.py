@@ -30,6 +30,16 @@ def split(out: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return out, None
 
 
+def scale_of(variance: Tensor, sigma: float, after: float) -> Tensor:
+    """What noise of "fixed_small" is multiplied with to be of the learned variance, see `sample_learned_variance`.
+
+    Args:
+        variance: (B, C, ...) the interpolation v that the network learned.
+        sigma, after: of the nodes at which a step begins and ends.
+    """
+    return torch.pow(sigma / after, (variance + 1) / 2)
+
+
 class _Keeper:
     """A network that keeps the learned variance of its last call."""
 
@@ -101,7 +111,7 @@ def sample_learned_variance(
     where: dict[str, Any] = {"steps": steps, "timesteps": timesteps, "sigmas": sigmas, "grid": grid, "final": final}
     plan = make_plan("ddpm", model.schedule, **where)
     batch = len(x_T) if x_T is not None else int(shape[0]) if shape else 0
-    draw = noise_of(noise_source, seed, indices, batch)
+    draw = noise_of(noise_source, seed, indices, batch, "cpu" if x_T is None else x_T.device)
     start: dict[str, Any] = {"x_T": x_T, "shape": shape, "seed": seed, "indices": indices}
     how: dict[str, Any] = {"callback": callback, "cond": cond, "check": check}
     scaled = _scaled(draw, [float(model.schedule.sigma(t)) for t in plan.times], keeper)
@@ -113,7 +123,6 @@ def _scaled(draw: NoiseSource, sigmas: Sequence[float], keeper: _Keeper) -> Nois
 
     def noise(k: int, like: Tensor) -> Tensor:
         assert keeper.variance is not None, "the network is called before the noise is drawn"
-        share = (keeper.variance[: len(like)] + 1) / 2
-        return draw(k, like) * torch.pow(sigmas[k] / sigmas[k + 1], share)
+        return draw(k, like) * scale_of(keeper.variance[: len(like)], sigmas[k], sigmas[k + 1])
 
     return noise

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from samplers.adapters.diffusers.training import TRAINING_STEPS, has_betas, has_schedule, is_flow, of_class
+from samplers.adapters.diffusers.classes import EXCLUDED, class_of, of_class
+from samplers.adapters.diffusers.training import BETA_ENDS, TRAINING_STEPS, has_betas, has_schedule, is_flow
 from samplers.errors import unknown
 from samplers.grid import FINALS, points_of
 from samplers.registry import Sampler, get_sampler
@@ -36,7 +37,7 @@ TRAINING = frozenset(
         "max_image_seq_len",
     }  # read by the pipelines, which make mu of them
     | {"clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value"}
-    | {"variance_type"}  # "learned...": the second half of the channels is left out; otherwise of the old solver
+    | {"variance_type"}  # "learned_range": what "ddpm" takes, others leave it out; otherwise of the old solver
 )
 # Where the old scheduler put its nodes: read under grid="config".
 SPACING = frozenset(
@@ -72,34 +73,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 KEYS = TRAINING | SPACING | SOLVER | set(REPORTED) | set(REFUSED)
 
-_TOKENS = "it is for discrete tokens, which are not noised as alpha x0 + sigma eps"
-_STAGES = "its network denoises between levels or stages that its config alone does not give"
-_BACK = "it runs from data to noise; a PlanScheduler runs from noise to data"
-_SDE = "its pipeline's loop is another one (predictor and corrector), without step()"
-EXCLUDED: dict[str, str] = {
-    "AmusedScheduler": _TOKENS,
-    "BlockRefinementScheduler": _TOKENS,
-    "DiscreteDDIMScheduler": _TOKENS,
-    "EntropyBoundScheduler": _TOKENS,
-    "VQDiffusionScheduler": _TOKENS,
-    "FlowMapEulerDiscreteScheduler": "its network is given two times",
-    "HeliosScheduler": _STAGES,
-    "HeliosDMDScheduler": _STAGES,
-    "PiflowScheduler": _STAGES,
-    "MiniMaxH3Scheduler": _STAGES,
-    "RFD4ProteinaScheduler": _STAGES,
-    "CMStochasticIterativeScheduler": "its network is preconditioned as consistency models are, not as EDM's",
-    "ConsistencyDecoderScheduler": "it decodes latents in one or two jumps",
-    "SCMScheduler": "its network predicts on a circle (trigflow), which is not known here",
-    "DDPMWuerstchenScheduler": "its network is given a ratio of a continuous schedule, which is not known here",
-    "IPNDMScheduler": "its network is given an angle, which is not known here",
-    "KarrasVeScheduler": _SDE,
-    "ScoreSdeVeScheduler": _SDE,
-    "ScoreSdeVpScheduler": _SDE,
-    "DDIMInverseScheduler": _BACK,
-    "DPMSolverMultistepInverseScheduler": _BACK,
-}
-
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A scheduler's config with every key that its class has, none of diffusers' private ones.
@@ -110,11 +83,11 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: of a class whose network no PlanScheduler can serve.
     """
-    name = config.get("_class_name")
+    name = class_of(config)
     found = {key: value for key, value in config.items() if not key.startswith("_")}
     if name in EXCLUDED:
         raise ValueError(f"config of {name}: {EXCLUDED[name]}")
-    if isinstance(name, str) and name != "PlanScheduler":
+    if name not in (None, "PlanScheduler"):
         import diffusers
 
         made: Any = getattr(diffusers, name, None)
@@ -141,10 +114,11 @@ def settled(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict
             f"sigma_max (EDM), got {', '.join(sorted(found)) or 'none of them'}"
         )
     own = {key: found.pop(key) for key in OWN if key in found}
+    own = {key: value for key, value in own.items() if key not in config.get("_use_default_values", ())}
     same = changes.get("sampler", own.get("sampler")) == own.get("sampler")
     options = {**((own.get("options") or {}) if same else {}), **(changes.pop("options", None) or {})}
     own.update({key: changes.pop(key) for key in OWN if key in changes})
-    entry = get_sampler(own.setdefault("sampler", DEFAULT_SAMPLER))
+    entry = get_sampler(own.get("sampler", DEFAULT_SAMPLER))
     for key, value in changes.items():
         if key in entry.options:
             options[key] = value
@@ -157,11 +131,13 @@ def settled(config: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict
         if own.get("grid") not in (None, CONFIG):
             raise ValueError(f"{spacing[0]} goes with grid={CONFIG!r}, got grid={own['grid']!r}")
         own["grid"] = CONFIG
-    return {**own, "options": options}, found
+    if options or "options" in own:  # what was left at its default stays so, as diffusers' own keep track of it
+        own["options"] = options
+    return own, found
 
 
-def check_keys(config: Mapping[str, Any]) -> list[str]:
-    """What cannot be honoured, a sentence for each key.
+def check_keys(config: Mapping[str, Any], sampler: str) -> list[str]:
+    """What cannot be honoured under a sampler, a sentence for each key.
 
     Raises:
         ValueError: a key that no scheduler has, or one that must not be ignored.
@@ -172,11 +148,12 @@ def check_keys(config: Mapping[str, Any]) -> list[str]:
     for key, (neutral, why) in REFUSED.items():
         if config.get(key) not in neutral:
             raise ValueError(f"{key}={config[key]!r} of the scheduler's config is not supported: {why}")
-    return [
-        f"{key}={config[key]!r} of the scheduler's config is not used: {what}"
-        for key, (neutral, what) in REPORTED.items()
-        if config.get(key) not in neutral
-    ]
+    found = {key: what for key, (neutral, what) in REPORTED.items() if config.get(key) not in neutral}
+    if sampler == "ddpm" and config.get("variance_type") == "learned":
+        found["variance_type"] = (
+            "of learned variances only 'learned_range' is known; the noise is that of 'fixed_small'"
+        )
+    return [f"{key}={config[key]!r} of the scheduler's config is not used: {what}" for key, what in found.items()]
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,6 +164,8 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     found.setdefault("num_train_timesteps", TRAINING_STEPS)
     if has_betas(found) and not is_flow(found):
         found.setdefault("prediction_type", "epsilon")
+    if found.get("beta_schedule") is not None:  # other classes have other defaults
+        found = BETA_ENDS | found
     return found
 
 

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from samplers import schedules
+from samplers.adapters.diffusers.classes import NETWORKS, of_class
 from samplers.adapters.diffusers.networks import DiffusersNet, flow_time
-from samplers.adapters.diffusers.training import of_class, training_of
+from samplers.adapters.diffusers.training import training_of
 from samplers.model import EpsModel
 
 
@@ -42,6 +43,8 @@ def eps_model_from_diffusers(network: nn.Module, scheduler: Any) -> EpsModel:
     if not isinstance(config, Mapping):
         raise TypeError(f"scheduler must be a diffusers scheduler with a config, got {type(scheduler).__name__}")
     name = type(scheduler).__name__
+    if name in NETWORKS:
+        raise ValueError(f"scheduler of class {name}: {NETWORKS[name]}")
     if "snr" in config and "sigma_max" in config:  # Song et al. 2021, arXiv:2011.13456: the network is given sigma
         return EpsModel(DiffusersNet(network), schedules.edm(config["sigma_min"], config["sigma_max"]), "score")
     training = training_of(of_class(config, name), name, getattr(scheduler, "alphas_cumprod", None))

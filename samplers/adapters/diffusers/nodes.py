@@ -40,7 +40,7 @@ def grid_of(
     """
     if config.get("grid") == CONFIG and _is_distilled(training, config):
         calls = distilled(training.steps, int(config["original_inference_steps"]), steps, strength)
-        return Grid(training.schedule, _ended(training, calls, config.get("final") or _final(config)))
+        return Grid(training.schedule, _ended(training, calls, config.get("final") or final_of(config)))
     return part(_whole(training, config, entry, steps, mu), strength)
 
 
@@ -90,7 +90,7 @@ def _whole(training: Training, config: Mapping[str, Any], entry: Sampler, steps:
     schedule, name, final = training.schedule, config.get("grid"), config.get("final")
     if name == CONFIG:
         calls = _moved(training, config, _spaced(training, config, steps), mu)
-        return Grid(schedule, _ended(training, calls, final or _final(config)))
+        return Grid(schedule, _ended(training, calls, final or final_of(config)))
     nodes = make_grid(schedule, name or entry.grid_on(schedule), steps, final).t
     return Grid(schedule, np.append(_moved(training, config, nodes[:-1], mu), nodes[-1]))
 
@@ -182,7 +182,7 @@ def _spaced(training: Training, config: Mapping[str, Any], n: int) -> np.ndarray
     return (linspace if spacing == "linspace" else trailing)(schedule, n)
 
 
-def _final(config: Mapping[str, Any]) -> str:
+def final_of(config: Mapping[str, Any]) -> str:
     """Where the config's own scheduler ends: clean data, or the least noise that the network was trained on."""
     to_least = config.get("set_alpha_to_one") is False or config.get("final_sigmas_type") == "sigma_min"
     return "t_min" if to_least else "zero"

@@ -11,23 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from torch import Tensor
 
 from samplers.adapters.diffusers import keys
 from samplers.adapters.diffusers.nodes import grid_at, grid_of, grid_through, part
+from samplers.adapters.diffusers.noising import Noising
 from samplers.adapters.diffusers.states import (
     Generators,
-    check_together,
     evaluated,
     from_generator,
-    prediction_of,
+    halves_of,
     wide,
 )
 from samplers.adapters.diffusers.timeline import Order, Planner, Timeline, as_timesteps, number, place
 from samplers.adapters.diffusers.training import training_of
+from samplers.adapters.variance import scale_of
 from samplers.execute import NoiseSource, draw_noise
 from samplers.grid import Nodes
 from samplers.plan import Plan
@@ -49,7 +50,7 @@ class PlanSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor
 
 
-class PlanScheduler(SchedulerMixin, ConfigMixin):
+class PlanScheduler(Noising, SchedulerMixin, ConfigMixin):
     """A scheduler for any diffusers pipeline, which samples with any sampler that has a plan.
 
     Use `PlanScheduler.from_config(pipe.scheduler.config, sampler="unipc-3")`. States are in x coordinates, `alpha x0 + sigma
@@ -63,7 +64,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         final: "t_min", "zero" or "denoise", see `grids.make_grid`; None is the grid's own.
         afs: analytical first step; needs a pipeline that calls `scale_model_input`.
         options: the sampler's own, such as `{"eta": 0.5}`; `eta` of a pipeline's call reaches diffusers' DDIM alone.
-        kwargs: keys of diffusers' schedulers: how the network was trained. None of them is DDPM's: 1000 steps, linear betas.
+        config: keys of diffusers' schedulers: how the network was trained. None of them is DDPM's: 1000 steps, linear betas.
 
     Raises:
         ValueError, TypeError: an unknown sampler, option, grid or key; an error-controlled sampler, which has no plan; a noise
@@ -71,7 +72,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = [entry.name for entry in KarrasDiffusionSchedulers]  # noqa: RUF012  the form diffusers reads
+    ignore_for_config = ["config"]  # noqa: RUF012  whose keys are registered one by one
 
+    @register_to_config
     def __init__(
         self,
         sampler: str = keys.DEFAULT_SAMPLER,
@@ -79,19 +82,15 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         final: str | None = None,
         afs: bool = False,
         options: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **config: Any,
     ) -> None:
-        reports, options = keys.check_keys(kwargs), dict(options or {})
+        reports, options = keys.check_keys(config, sampler), dict(options or {})
         self._entry = keys.with_plan(sampler)
         self._entry.check_options(options)
         keys.check_own(grid, final, afs)
-        self.register_to_config(
-            sampler=sampler, grid=grid, final=final, afs=afs, options=options, **keys.with_defaults(kwargs)
-        )
+        self.register_to_config(options=options, **keys.with_defaults(config))
         self._training = training_of(self.config)
-        schedule = self._training.schedule
-        if self._training.takes == "step":
-            self.alphas_cumprod = torch.tensor(schedule.alphas_cumprod, dtype=torch.float32)  # type: ignore[attr-defined]
+        self._set_tables()
         chosen = keys.chosen_spacing(self.config)
         if chosen and grid is None:
             reports.append(
@@ -108,8 +107,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self.num_inference_steps: int | None = None
-        t = torch.linspace(schedule.t_max, schedule.t_min, len(self), dtype=torch.float64)
-        self.timesteps = as_timesteps(self._training, t)
+        self.timesteps = as_timesteps(self._training, self._trained_times)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -133,6 +131,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             )
         own, found = keys.settled(config, kwargs)
         scheduler = cls(**own, **found)
+        if "_class_name" in config:  # a saved one, whose version of diffusers is kept too, as by theirs
+            saved = {key: config[key] for key in ("_class_name", "_diffusers_version") if key in config}
+            scheduler.register_to_config(**{**saved, "_class_name": cls.__name__})
         return (scheduler, {}) if return_unused_kwargs else scheduler
 
     @classmethod
@@ -148,15 +149,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return Order(self._entry.calls_with(self.config.options), self._places)
 
     @property
-    def plan(self) -> Plan:
-        """The plan of the last `set_timesteps`.
-
-        Raises:
-            ValueError: `set_timesteps` was not called.
-        """
-        return self._calls.plan
+    def _trained_times(self) -> Tensor:
+        """The schedule's times of the training steps, (T,) in float64, from noise to data."""
+        schedule = self._training.schedule
+        return torch.linspace(schedule.t_max, schedule.t_min, len(self), dtype=torch.float64)
 
     @property
+    def plan(self) -> Plan | None:
+        """The plan of the last `set_timesteps`; None before it."""
+        return None if self._timeline is None else self._timeline.plan
+
     def _calls(self) -> Timeline:
         if self._timeline is None:
             raise ValueError("call set_timesteps() first: there are no steps yet")
@@ -172,10 +174,17 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def sigmas(self) -> Tensor:
-        """(calls + 1,) noise level at each call and at the end, `sigma / alpha`, on a flow its time; float32, on the CPU."""
-        levels = [(call.alpha, call.sigma) for call in self._calls.plan.calls]
-        levels.append((float(self._calls.grid.alpha[-1]), float(self._calls.grid.sigma[-1])))
-        alpha, sigma = torch.tensor(levels, dtype=torch.float64).unbind(1)
+        """(calls + 1,) noise level at each call and at the end, `sigma / alpha`, on a flow its time; float32, on the CPU.
+
+        Before `set_timesteps` those of `timesteps`, the network's training, and clean data's.
+        """
+        if self._timeline is None:
+            t = torch.cat([self._trained_times, torch.tensor([self._training.schedule.t_zero], dtype=torch.float64)])
+            alpha, sigma = self._training.schedule.alpha(t), self._training.schedule.sigma(t)
+        else:
+            grid, calls = self._timeline.grid, self._timeline.plan.calls
+            levels = [*((call.alpha, call.sigma) for call in calls), (float(grid.alpha[-1]), float(grid.sigma[-1]))]
+            alpha, sigma = torch.tensor(levels, dtype=torch.float64).unbind(1)
         return (sigma if self._training.takes == "flow" else sigma / alpha).float()
 
     @property
@@ -248,7 +257,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: it is not there.
         """
-        times = self._calls.times if schedule_timesteps is None else tuple(schedule_timesteps.tolist())
+        times = self._calls().times if schedule_timesteps is None else tuple(schedule_timesteps.tolist())
         return place(number(timestep), times)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -259,13 +268,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: no step begins there, or the rest of the steps takes other calls than are listed.
         """
-        self._walk, self._first = self._calls.walk_from(int(begin_index))
+        self._walk, self._first = self._calls().walk_from(int(begin_index))
         self._begin_index, self._step_index, self._moved = int(begin_index), None, False
 
     def _begin(self, timestep: float | Tensor | None) -> int:
         """The place of the coming call, which is looked for by its time where nobody said it."""
         if self._step_index is None:
-            calls = self._calls
+            calls = self._calls()
             if self._walk is None:
                 index = calls.index_of(timestep)
                 self._walk, self._first = calls.walk_from(index)
@@ -288,7 +297,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             sample = self._walk.start(wide(sample), _no_noise).to(sample.dtype)  # type: ignore[union-attr]
         if self._training.predicts != "edm":
             return sample
-        call = self._calls.plan.calls[index]
+        call = self._calls().plan.calls[index]
         return sample * (call.sigma**2 + (self._training.sigma_data * call.alpha) ** 2) ** -0.5
 
     def step(
@@ -305,8 +314,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Take the network's output at one call, and go on to the next.
 
         Args:
-            model_output: (B, C, ...) of the network, after guidance; where it learned a variance too (2 C channels) the first
-                half is taken.
+            model_output: (B, C, ...) of the network, after guidance; or 2 C channels, of which the second half is a learned
+                variance: "ddpm" takes it where the config's variance_type is "learned_range", as diffusers' does.
             timestep: of this call, the entries of `timesteps` in order. The first may be any at which a step begins.
             sample: (B, C, ...) the state the network was called at; it replaces what the last `step` returned.
             generator: of a stochastic sampler's noise, or a list with one for each sample.
@@ -318,10 +327,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             ValueError: no `set_timesteps`, a time that is not the next one, more steps than there are, shapes or devices that
                 do not fit.
         """
-        output = prediction_of(model_output, sample)
+        output, variance = halves_of(model_output, sample)
         index = self._begin(timestep)
         self._check_turn(index, timestep)
-        call, x, walk = self._calls.plan.calls[index], wide(sample), self._walk
+        call, x, walk = self._calls().plan.calls[index], wide(sample), self._walk
         assert walk is not None  # since _begin
         draw = noise_source if noise_source is not None else from_generator(generator, len(sample))
         at_start = self._moves(index)
@@ -336,14 +345,26 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if index < self._first:  # passed over, see Timeline.walk_from
             following = x
         else:
-            following = walk.feed(value, lambda k, like: draw_noise(draw, k, like), None if at_start else x)
+            by = 1.0 if variance is None else self._scale_of_noise(variance.to(x.dtype), index)
+            following = walk.feed(value, lambda k, like: by * draw_noise(draw, k, like), None if at_start else x)
         self._step_index = index + 1
         result = following.to(sample.dtype), x0.to(sample.dtype)
         return PlanSchedulerOutput(*result) if return_dict else result
 
+    def _scale_of_noise(self, variance: Tensor, index: int) -> Tensor | float:
+        """What the noise of a step is multiplied with to be that of the learned variance, under "ddpm"; 1 otherwise.
+
+        Where the option `variance` is given it counts, and the learned one does not.
+        """
+        config, sigma = self.config, self._calls().grid.sigma
+        mine = config.sampler == "ddpm" and "variance" not in config.options
+        if not mine or config.get("variance_type") != "learned_range" or sigma[index + 1] == 0:
+            return 1.0
+        return scale_of(variance, float(sigma[index]), float(sigma[index + 1]))
+
     def _check_turn(self, index: int, timestep: float | Tensor | None) -> None:
         """Whether this call is the next one; on an accelerator only the first is looked at, which waits for the device."""
-        times = self._calls.times
+        times = self._calls().times
         if index >= len(times):
             raise ValueError(
                 f"all {len(times)} calls are done; call set_timesteps() or set_begin_index() to begin anew"
@@ -360,33 +381,6 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Whether the plan changes the state before this call, its first: an analytical first step."""
         walk = self._walk
         return walk is not None and index == self._first and not walk.starts_at_once and not walk.draws_first
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-        """Clean data with noise, `alpha x0 + sigma eps`.
-
-        Args:
-            original_samples: (B, ...).
-            noise: standard normal, of a shape that broadcasts with it: pipelines noise one image in several ways.
-            timesteps: (B,), or one: the network's times.
-
-        Raises:
-            ValueError: shapes, devices or times that do not fit.
-        """
-        check_together("noise", noise, "original_samples", original_samples, broadcast=True)
-        alpha, sigma = self._training.levels(timesteps, max(original_samples, noise, key=len))
-        x = wide(original_samples)
-        return (alpha.to(x.dtype) * x + sigma.to(x.dtype) * noise).to(original_samples.dtype)
-
-    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor) -> Tensor:
-        """`add_noise` under the name and with the arguments of diffusers' flow schedulers."""
-        return self.add_noise(sample, noise, timestep)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-        """What a v-predicting network is trained to give, `alpha eps - sigma x0`; arguments as in `add_noise`."""
-        check_together("noise", noise, "sample", sample)
-        alpha, sigma = self._training.levels(timesteps, sample)
-        x = wide(sample)
-        return (alpha.to(x.dtype) * noise - sigma.to(x.dtype) * x).to(sample.dtype)
 
 
 def _no_noise(k: int, like: Tensor) -> Tensor:

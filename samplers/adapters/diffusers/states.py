@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from samplers.adapters.diffusers.training import Training
+from samplers.adapters.variance import split
 from samplers.execute import NoiseSource
 from samplers.guidance import clip, threshold
 from samplers.program import Evaluate
@@ -16,8 +17,8 @@ from samplers.program import Evaluate
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def prediction_of(output: Any, sample: Any) -> Tensor:
-    """The network's output, without the half that is a learned variance, if it fits to the state.
+def halves_of(output: Any, sample: Any) -> tuple[Tensor, Tensor | None]:
+    """The network's prediction, if it fits to the state, and its learned variance, which is None where it learned none.
 
     Raises:
         TypeError: not floating-point tensors.
@@ -27,10 +28,9 @@ def prediction_of(output: Any, sample: Any) -> Tensor:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 1:
             found = getattr(value, "dtype", type(value).__name__)
             raise TypeError(f"{name} must be a floating-point tensor (B, ...), got {found}")
-    if output.ndim == sample.ndim > 1 and output.shape[1] == 2 * sample.shape[1] > 0:
-        output = output[:, : sample.shape[1]]
-    check_together("model_output", output, "sample", sample)
-    return output
+    prediction, variance = split(output, sample)
+    check_together("model_output", prediction, "sample", sample)
+    return prediction, variance
 
 
 def check_together(name: str, value: Tensor, with_name: str, with_value: Tensor, *, broadcast: bool = False) -> None:
@@ -59,10 +59,12 @@ def evaluated(
 
     `clip_sample` and `thresholding` of the config change x0 as `samplers.guidance` does, and epsilon with it.
     """
-    model = training.model(lambda x, t: training.sign * output)
+    model, by = training.model(lambda x, t: training.sign * output), 1.0
     if config.get("thresholding"):
         limit, ratio = config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
-        model = threshold(model, ratio, limit=limit)
+        # they divide by the quantile clamped to [1, limit], which is the limit where that is below 1
+        by = min(limit, 1.0)
+        model = threshold(model, ratio, by, limit=limit)
     elif config.get("clip_sample"):
         model = clip(model, config.get("clip_sample_range", 1.0))
     else:
@@ -71,7 +73,7 @@ def evaluated(
             by_x, by_out = model.affine(kind, call.t, call.alpha, call.sigma)
             values[kind] = by_out * training.sign * output if by_x == 0 else by_x * x + by_out * training.sign * output
         return values[call.kind], values["x0"]
-    x0 = model.x0(x, call.t)
+    x0 = model.x0(x, call.t) / by
     return (x0 if call.kind == "x0" else (x - call.alpha * x0) / call.sigma), x0
 
 

@@ -21,6 +21,7 @@ from samplers.model import EpsModel
 from samplers.schedule import Schedule
 
 TRAINING_STEPS = 1000  # where a config does not say
+BETA_ENDS = {"beta_start": 1e-4, "beta_end": 0.02}  # likewise, DDPM's
 PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}
 EDM_SIGNS = {"epsilon": 1.0, "v_prediction": -1.0}  # of c_out
 _MAX_BETA = 0.999  # of the schedules that are given by their cumulative product
@@ -90,13 +91,6 @@ class Training:
         elif self.takes == "angle":  # EpsModel makes it c_noise first
             time_input = lambda c_noise: self.network_time(torch.exp(4.0 * c_noise))  # noqa: E731
         return EpsModel(net, self.schedule, self.predicts, time_input, sigma_data=self.sigma_data)
-
-
-def of_class(config: Mapping[str, Any], name: Any) -> dict[str, Any]:
-    """A config with what the scheduler's class alone tells: that it matches flows, or which time its network takes."""
-    if name == "LTXEulerAncestralRFScheduler":
-        return {"shift": 1.0, **config}
-    return {"time_input": "angle", **config} if name == "CosineDPMSolverMultistepScheduler" else dict(config)
 
 
 def training_of(config: Mapping[str, Any], name: str = "PlanScheduler", table: Any = None) -> Training:
@@ -234,7 +228,7 @@ def betas_of(config: Mapping[str, Any], steps: int) -> np.ndarray:
         kind = config.get("beta_schedule")
         if kind not in BETAS:
             raise unknown("beta_schedule of the scheduler", str(kind), BETAS)
-        start, end = (_beta(config, name, default) for name, default in (("beta_start", 1e-4), ("beta_end", 0.02)))
+        start, end = (_beta(config, name, default) for name, default in BETA_ENDS.items())
         betas = BETAS[kind](start, end, steps)
     if not ((betas > 0) & (betas <= 1)).all():
         raise ValueError(f"betas of the scheduler must lie in (0, 1], got {betas.min():g} to {betas.max():g}")
