@@ -11,13 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from samplers import EpsModel, Plan, make_plan, run_plan, schedules
-from samplers.program import Sum
+from samplers.program import Call, Program, Sum
 
 SHAPES = ((1, 4, 8, 8), (64, 3, 32, 32), (16, 4, 128, 128))
 STEPS = 20
@@ -74,9 +75,10 @@ class Row:
         ours, ours_spread: of `run_plan`, everything in it included.
         theirs, theirs_spread: of diffusers' loop over `step` and `scale_model_input`, `set_timesteps` not included.
         ratio: theirs / ours.
-        floor: the bytes our plan must move over the bandwidth of a copy that cycles over as many buffers as it holds.
+        floor: the bytes our plan must move over the bandwidth of a copy that cycles over as many buffers as the plan does; that
+            is measured once for each shape and number of buffers, in turn with the first plan that has it.
         over_floor: ours / floor.
-        registers: tensors of the state's size that the plan holds, besides the start.
+        registers: tensors of the state's size that the plan cycles over, besides the start.
         one_call: deterministic, with one network call a step.
     """
 
@@ -109,15 +111,20 @@ def measure(
         seconds: of timing for each method and shape, both sides together.
     """
     for shape in shapes:
+        bandwidths: dict[int, float] = {}
         for method in methods:
-            yield _row(method, shape, torch.device(device), seconds)
+            yield _row(method, shape, torch.device(device), seconds, bandwidths)
 
 
-def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: float) -> Row:
+def _row(
+    method: Method, shape: tuple[int, ...], device: torch.device, seconds: float, bandwidths: dict[int, float]
+) -> Row:
+    """One row; the bandwidth over a number of buffers is added where there is none yet."""
     x_T = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     plan = make_plan(method.sampler, SCHEDULE, steps=STEPS, grid="linspace", **method.options)
-    # no more outputs than the plan holds at a time, as a real network's allocator would give out the same memory again
-    outputs = _cycle([torch.randn(shape).to(device) for _ in range(max(2, _program_registers(plan) - 1))])
+    alive, registers = held(_program(plan))
+    # no more outputs than are alive at a time, as a real network's allocator would give out the same memory again
+    outputs = _cycle([torch.randn(shape).to(device) for _ in range(alive)])
     model = EpsModel(lambda x, t: next(outputs), SCHEDULE)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -137,8 +144,12 @@ def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: 
     def ours() -> float:
         return _timed(device, lambda: run_plan(plan, model, x_T, noise_source=noise))
 
-    mine, other = _alternate(ours, theirs, seconds)
-    loop_floor = _floor(plan, x_T) / plan.nfe
+    lap, ring = _copies(x_T, registers + 1)
+    known = registers in bandwidths
+    mine, other, *laps = _alternate([ours, theirs] if known else [ours, theirs, lap], seconds)
+    if not known:
+        bandwidths[registers] = ring / statistics.median(laps[0])
+    loop_floor = bytes_moved(plan, x_T.numel() * x_T.element_size()) / bandwidths[registers] / plan.nfe
     (a, a_spread), (b, b_spread) = _centre(mine, plan.nfe), _centre(other, calls)
     return Row(
         method.sampler,
@@ -148,7 +159,7 @@ def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: 
         b / a,
         loop_floor,
         a / loop_floor,
-        _program_registers(plan),
+        registers,
         not plan.stochastic and plan.nfe <= plan.steps + 1,
     )
 
@@ -194,14 +205,16 @@ def _timed(device: torch.device, run: Callable[[], object]) -> float:
     return 1e6 * (time.perf_counter() - began)
 
 
-def _alternate(a: Callable[[], float], b: Callable[[], float], seconds: float) -> tuple[list[float], list[float]]:
-    """Measure two runs in turn, at least five times each after one that does not count."""
-    a(), b()
-    first, second, began = list[float](), list[float](), time.perf_counter()
-    while len(first) < 5 or time.perf_counter() - began < seconds:
-        first.append(a())
-        second.append(b())
-    return first, second
+def _alternate(runs: Sequence[Callable[[], float]], seconds: float) -> list[list[float]]:
+    """Measure runs in turn, at least five times each after one that does not count."""
+    for run in runs:
+        run()
+    values: list[list[float]] = [[] for _ in runs]
+    began = time.perf_counter()
+    while len(values[0]) < 5 or time.perf_counter() - began < seconds:
+        for mine, run in zip(values, runs, strict=True):
+            mine.append(run())
+    return values
 
 
 def _centre(values: Sequence[float], calls: int) -> tuple[float, float]:
@@ -217,7 +230,7 @@ def bytes_moved(plan: Plan, state_bytes: int) -> int:
         state_bytes: of one state.
     """
     passes = 0
-    for step in plan.program(tuple(call.kind == "eps" for call in plan.calls)).code:
+    for step in _program(plan).code:
         if isinstance(step, Sum):
             passes += len(step.terms) + 1
         elif step.dst >= 0:
@@ -225,28 +238,38 @@ def bytes_moved(plan: Plan, state_bytes: int) -> int:
     return passes * state_bytes
 
 
-def _program_registers(plan: Plan) -> int:
-    return plan.program(tuple(call.kind == "eps" for call in plan.calls)).registers
+def held(program: Program) -> tuple[int, int]:
+    """What a plan cycles over: network outputs that are alive at once, and tensors of the state's size besides the start.
+
+    Not counted is the executor's copy of one output, which exists during one call of the whole loop.
+    """
+    outputs, noises = set[int](), set[int]()
+    most_outputs = most = 0
+    for step in program.code:
+        if isinstance(step, Call):
+            most_outputs, most = max(most_outputs, len(outputs) + 1), max(most, len(outputs) + len(noises) + 1)
+            outputs |= {step.dst} if step.dst < 0 else set()
+        else:
+            noises |= {place for place, _ in step.draws}
+            most = max(most, len(outputs) + len(noises))
+        outputs -= set(step.ends)
+        noises -= set(step.ends)
+    return most_outputs, program.buffers + most
 
 
-def _floor(plan: Plan, x: Tensor) -> float:
-    """Microseconds that the plan's bytes take at the bandwidth of a copy over as many buffers as it holds."""
-    size = x.numel() * x.element_size()
-    return bytes_moved(plan, size) / copy_bandwidth(x, _program_registers(plan) + 1)
+def _program(plan: Plan) -> Program:
+    return plan.program(tuple(call.kind == "eps" for call in plan.calls))
 
 
-def copy_bandwidth(like: Tensor, buffers: int, seconds: float = 0.05) -> float:
-    """Bytes a microsecond of a copy that goes round over a number of buffers: read and write both count."""
+def _copies(like: Tensor, buffers: int) -> tuple[Callable[[], float], int]:
+    """A timed round of copies over a number of buffers, and the bytes it moves: read and write both count."""
     ring = [torch.empty_like(like).fill_(k) for k in range(max(2, buffers))]
 
     def lap() -> None:
         for k, source in enumerate(ring):
             ring[(k + 1) % len(ring)].copy_(source)
 
-    times, began = [_timed(like.device, lap)], time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - began < seconds:
-        times.append(_timed(like.device, lap))
-    return 2 * like.numel() * like.element_size() * len(ring) / statistics.median(times[1:])
+    return lambda: _timed(like.device, lap), 2 * like.numel() * like.element_size() * len(ring)
 
 
 @dataclass(frozen=True)
@@ -298,11 +321,8 @@ def end_to_end(
             plan = make_plan(name, SCHEDULE, steps=10)
             for how in (None, "graph") if place.type == "cuda" and batch == 1 else (None,):
                 bare_run = _graphed(network, x, t) if how else lambda x=x, t=t: [network(x, t) for _ in range(10)]
-                bare, sampled = _alternate(
-                    lambda run=bare_run: _timed(place, run),  # type: ignore[misc]
-                    lambda plan=plan, x=x, how=how: _timed(place, lambda: run_plan(plan, model, x, compile=how)),  # type: ignore[misc]
-                    seconds,
-                )
+                runs = [bare_run, lambda plan=plan, x=x, how=how: run_plan(plan, model, x, compile=how)]
+                bare, sampled = _alternate([partial(_timed, place, run) for run in runs], seconds)
                 one = statistics.median(bare) / 10 / 1e3
                 each = statistics.median(sampled) / plan.nfe / 1e3
                 yield EndToEnd(name, batch, how or "", one, each, one / each)

@@ -37,7 +37,7 @@ def write_speed(rows: Sequence[Row], whole: Sequence[EndToEnd], out: Path, devic
     notes = (
         f"Microseconds for each network call of a {STEPS}-step run on a null network, float32, medians with half the "
         "interquartile range. `theirs`: diffusers' scheduler of the same method. `floor`: the bytes our plan must move over the "
-        "bandwidth of a copy that cycles over as many buffers as the plan holds.\n\n"
+        "bandwidth of a copy that cycles over as many buffers as the plan does.\n\n"
     )
     write_text(out / "table.csv", frame.to_csv(index=False))
     write_text(out / "table.md", title + summary + "\n\n" + notes + _markdown(frame[columns]))

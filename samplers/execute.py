@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samplers.errors import SamplingError, unknown
 from samplers.model import Affine, EpsModel, Scalar
-from samplers.noise import check_seed, standard_normal
+from samplers.noise import SeededNoise
 from samplers.plan import Plan
 from samplers.program import Call, Program, Sum
 from samplers.schedule import Schedule
@@ -89,21 +89,20 @@ def run_plan(
     check_start(model, x_T)
     check_handlers(callback, cond)
     cond = {} if cond is None else cond
-    draw = noise_of(noise_source, seed, indices, len(x_T))
+    draw = noise_of(noise_source, seed, indices, len(x_T), x_T.device)
     if compile is not None:
         from samplers.compiled import run_compiled
 
         x = run_compiled(compile, plan, model, x_T, draw, cond)
     else:
-        x = Loop.of(plan, model, x_T).run(x_T, draw, cond, _watch(plan, callback, each=check == "each"))
+        x = Loop.of(plan, model, x_T, draw).run(x_T, draw, cond, _watch(plan, callback, each=check == "each"))
     if check is True and not _finite(x):
-        Loop.of(plan, model, x_T).run(x_T, draw, cond, _watch(plan, None, each=True))
+        Loop.of(plan, model, x_T, draw).run(x_T, draw, cond, _watch(plan, None, each=True))
         raise SamplingError(f"sampler {plan.sampler!r} gave NaN or Inf, and a second run to find the step did not")
     return x
 
 
 Watch = Callable[[Call | Sum, Tensor], None]
-Writer = Callable[[Tensor | None, Sequence[tuple[Tensor, Any]]], Tensor]
 Values = list[Any]  # the tensor at each place of a program, or None
 
 
@@ -126,13 +125,14 @@ class Loop:
     affines: Sequence[Affine]
 
     @classmethod
-    def of(cls, plan: Plan, model: EpsModel, like: Tensor) -> Loop:
+    def of(cls, plan: Plan, model: EpsModel, like: Tensor, draw: NoiseSource | None = None) -> Loop:
         """The loop of a plan.
 
         Args:
             plan: what to compute.
             model: on which.
             like: a state, for dtype, device and batch size.
+            draw: the noise source it will run with; that of a seed writes into buffers.
 
         Raises:
             ValueError: the plan was made on another schedule than the model's, or the model does not give what the plan
@@ -140,22 +140,22 @@ class Loop:
         """
         check_schedule(plan, model.schedule)
         affines = [model.affine(e.kind, e.t, e.alpha, e.sigma) for e in plan.calls]
-        program = plan.program(tuple(affine == (0.0, 1.0) for affine in affines))
+        program = plan.program(tuple(affine == (0.0, 1.0) for affine in affines), isinstance(draw, SeededNoise))
         times = model.times([e.t for e in plan.calls], like)
         return cls(model, program, times, [(e.alpha, e.sigma) for e in plan.calls], affines)
 
     def run(self, x_T: Tensor, draw: NoiseSource, cond: Mapping[str, Any], watch: Watch | None = None) -> Tensor:
         """Execute every instruction in place; the last state is the result."""
-        values: Values = [None] * (self.program.buffers + self.program.borrowed)
+        values: Values = [torch.empty_like(x_T) for _ in range(self.program.buffers)] + [None] * self.program.borrowed
         values[-1] = x_T
-        model, write, outputs = self.model.begin(), _writer(x_T), _Outputs(x_T)
+        model, outputs = self.model.begin(), _Outputs(x_T)
         for step in self.program.code:
             if isinstance(step, Call):
-                self._evaluate(model, step, values, write, outputs, cond, watch)
+                self._evaluate(model, step, values, outputs, cond, watch)
             else:
                 for place, number in step.draws:
-                    values[place] = draw_noise(draw, number, x_T)
-                values[step.dst] = write(values[step.dst], [(values[place], by) for place, by in step.terms])
+                    values[place] = draw_noise(draw, number, x_T, values[place] if place >= 0 else None)
+                _write(values[step.dst], [(values[place], by) for place, by in step.terms])
                 if watch is not None:
                     watch(step, values[step.dst])
             for place in step.ends:
@@ -167,7 +167,6 @@ class Loop:
         model: EpsModel,
         step: Call,
         values: Values,
-        write: Writer,
         outputs: _Outputs,
         cond: Mapping[str, Any],
         watch: Watch | None,
@@ -182,7 +181,7 @@ class Loop:
             values[step.dst] = out
         else:
             by_x, by_out = self.affines[step.number]
-            values[step.dst] = write(values[step.dst], ((x, by_x), (out, by_out)) if by_x else ((out, by_out),))
+            _write(values[step.dst], ((x, by_x), (out, by_out)) if by_x else ((out, by_out),))
 
     def run_pure(self, x_T: Tensor, noises: Sequence[Tensor], cond: Mapping[str, Any]) -> Tensor:
         """The same, but every value is a new tensor: for gradients and for torch.compile, which does its own memory planning."""
@@ -238,34 +237,32 @@ def _sum(*terms: tuple[Tensor, Any]) -> Tensor:
     return total
 
 
-def _writer(like: Tensor) -> Writer:
-    """The function that writes a sum of terms into a buffer, or a new one where there is none; the first term may be in it.
+def _write(out: Tensor, terms: Sequence[tuple[Tensor, Any]]) -> None:
+    """Write a sum of terms into a buffer, which the first term may be in.
 
     Only with functions that round a number alike wherever in a tensor it lies, so that a sample's bits do not depend on its
     batch. `torch.addr`, which does two terms in one pass over memory, rounds the last few of a thread's share in another way.
     """
-
-    def write(buffer: Tensor | None, terms: Sequence[tuple[Tensor, Any]]) -> Tensor:
-        out = torch.empty_like(like) if buffer is None else buffer
-        a, by_a = terms[0]
-        if len(terms) == 1:
-            return out if a is out and by_a == 1.0 else torch.mul(a, by_a, out=out)
-        b, by_b = terms[1]
-        if by_a == 1.0:
-            torch.add(a, b, alpha=by_b, out=out)
-        elif by_b == 1.0:
-            torch.add(b, a, alpha=by_a, out=out)
-        else:
-            torch.mul(a, by_a, out=out).add_(b, alpha=by_b)
-        for value, coefficient in terms[2:]:
-            out.add_(value, alpha=coefficient)
-        return out
-
-    return write
+    a, by_a = terms[0]
+    if len(terms) == 1:
+        if a is not out or by_a != 1.0:
+            torch.mul(a, by_a, out=out)
+        return
+    b, by_b = terms[1]
+    if by_a == 1.0:
+        torch.add(a, b, alpha=by_b, out=out)
+    elif by_b == 1.0:
+        torch.add(b, a, alpha=by_a, out=out)
+    else:
+        torch.mul(a, by_a, out=out).add_(b, alpha=by_b)
+    for value, coefficient in terms[2:]:
+        out.add_(value, alpha=coefficient)
 
 
-def draw_noise(draw: NoiseSource, number: int, like: Tensor) -> Tensor:
-    """One noise, of a shape that fits."""
+def draw_noise(draw: NoiseSource, number: int, like: Tensor, out: Tensor | None = None) -> Tensor:
+    """One noise, of a shape that fits; into `out`, where it is given and the noise source is that of a seed."""
+    if out is not None and isinstance(draw, SeededNoise):
+        return draw(number, like, out)
     noise = draw(number, like)
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise_source must return a tensor, got {type(noise).__name__}")
@@ -305,27 +302,28 @@ def _finite(x: Tensor) -> bool:
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
-def noise_of(noise_source: NoiseSource | None, seed: int, indices: Tensor | None, batch: int) -> NoiseSource:
+def noise_of(
+    noise_source: NoiseSource | None,
+    seed: int,
+    indices: Tensor | None,
+    batch: int,
+    device: torch.device | str = "cpu",
+) -> NoiseSource:
     """The noise source that is given, or else that of the seed; all arguments are checked, whichever is used.
+
+    Args:
+        noise_source, seed, indices: as in `run_plan`.
+        batch: how many samples there are.
+        device: of the states; the indices are moved there once, and not at each draw.
 
     Raises:
         TypeError: noise_source cannot be called.
         ValueError: a bad seed or bad indices.
     """
-    seeded = seeded_noise(seed, sample_indices(indices, batch))
+    seeded = SeededNoise(seed, sample_indices(indices, batch).to(device))
     if noise_source is not None and not callable(noise_source):
         raise TypeError(f"noise_source must be a function (k, like) -> noise or None, got {noise_source!r}")
     return seeded if noise_source is None else noise_source
-
-
-def seeded_noise(seed: int, indices: Tensor) -> NoiseSource:
-    """The noise source of a seed: noise k of sample i is a function of (seed, i, k) alone."""
-    seed = check_seed(seed)
-
-    def draw(k: int, like: Tensor) -> Tensor:
-        return standard_normal(seed, indices, k + 1, like.shape[1:], like.dtype, like.device)
-
-    return draw
 
 
 def sample_indices(indices: Tensor | None, batch: int) -> Tensor:

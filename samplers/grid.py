@@ -7,6 +7,7 @@ alpha, sigma and lam at every node, ready for a solver; its last node may be cle
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from samplers.grid_points import (
     Nodes,
     Points,
     ays,
+    ays_deepfloyd,
     ays_sdxl,
     ays_svd,
     beta,
@@ -40,6 +42,7 @@ __all__ = [
     "Points",
     "Spacing",
     "ays",
+    "ays_deepfloyd",
     "ays_sdxl",
     "ays_svd",
     "beta",
@@ -58,6 +61,7 @@ __all__ = [
 
 FINALS = ("t_min", "zero", "denoise")
 _RANGE_TOLERANCE = 1e-6
+_POWER = re.compile(r"""power\(\s*(?:rho\s*=\s*)?([^\s,()]+)\s*(?:,\s*(?:of\s*=\s*)?["']?(\w+)["']?\s*)?\)""")
 
 
 class Spacing(NamedTuple):
@@ -89,6 +93,7 @@ GRIDS: dict[str, Spacing] = {
     "linspace": Spacing(linspace, "zero"),
     "trailing": Spacing(trailing, "zero"),
     "ays": Spacing(ays, "zero", replaces=True),
+    "ays-deepfloyd": Spacing(ays_deepfloyd, "zero", replaces=True),
     "ays-sdxl": Spacing(ays_sdxl, "zero", replaces=True),
     "ays-svd": Spacing(ays_svd, "zero", replaces=True),
 }
@@ -113,10 +118,7 @@ class Grid:
             raise ValueError(f"a grid needs at least 2 nodes in one dimension, got shape {t.shape}")
         if not np.isfinite(t).all():
             raise ValueError(f"a grid must be finite: node {int(np.argmin(np.isfinite(t)))} is {t[~np.isfinite(t)][0]}")
-        rising = np.flatnonzero(~(np.diff(t) < 0))
-        if len(rising):
-            i = int(rising[0])
-            raise ValueError(f"a grid must decrease strictly: t[{i}]={t[i]:g}, t[{i + 1}]={t[i + 1]:g}")
+        _decreasing(t, "t", "a grid")
 
     @property
     def steps(self) -> int:
@@ -140,18 +142,24 @@ class Grid:
 
 
 def points_of(grid: str | Points) -> Spacing:
-    """What a grid's name stands for; a function stands for itself.
+    """What a grid's name stands for; a function stands for itself, and "power(5)" or "power(2, t)" for what `power` makes.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or arguments that `power` does not take.
         TypeError: neither a name nor callable.
     """
     if callable(grid):
         return Spacing(grid)
     if not isinstance(grid, str):
         raise TypeError(f"grid must be a name or a function (schedule, n) -> times, got {type(grid).__name__}")
+    if made := _POWER.fullmatch(grid.strip()):
+        try:
+            rho = float(made[1])
+        except ValueError:
+            raise ValueError(f"rho of grid {grid!r} must be a number, got {made[1]!r}") from None
+        return Spacing(power(rho, made[2] or "sigma_bar"))
     if grid not in GRIDS:
-        raise unknown("grid", grid, GRIDS)
+        raise unknown("grid", grid, [*GRIDS, "power(rho)"])
     return GRIDS[grid]
 
 
@@ -160,7 +168,7 @@ def make_grid(schedule: Schedule, grid: str | Points, steps: int, final: str | N
 
     Args:
         schedule: the noise schedule.
-        grid: a name of `GRIDS`, or a function `(schedule, n) -> n decreasing times`.
+        grid: a name of `GRIDS`, "power(rho)" or "power(rho, of)", or a function `(schedule, n) -> n decreasing times`.
         steps: at least 1.
         final: "t_min" ends at the grid's last node. "zero" ends at clean data after one node less, which "sgm" and "ays" leave
             out at the end and all others by wider spacing; "denoise" adds a step to clean data. None is the grid's own.
@@ -176,13 +184,14 @@ def make_grid(schedule: Schedule, grid: str | Points, steps: int, final: str | N
         raise ValueError(f"steps must be at least 1, got {steps}")
     n = steps if final == "zero" and not replaces else steps + 1
     t = np.array(points(schedule, n), dtype=np.float64)
+    what = f"grid {grid!r}" if isinstance(grid, str) else f"grid {getattr(grid, '__name__', grid)}"
     if t.shape != (n,):
-        raise ValueError(f"grid {grid!r} must give {n} times, got shape {t.shape}")
+        raise ValueError(f"{what} must give {n} times, got shape {t.shape}")
     if final == "zero":
         t = t[:steps]
     if math.isclose(t[0], schedule.t_max, rel_tol=1e-9):
         t[0] = schedule.t_max  # rounding may miss the end by an ulp, which is a step of its own where alpha = 0
-    t = _within(schedule, t, f"grid {grid!r}")
+    t = _within(schedule, t, what)
     if final != "t_min":
         t = np.append(t, schedule.t_zero)
     return Grid(schedule, t)
@@ -205,7 +214,7 @@ def from_timesteps(schedule: Schedule, timesteps: Nodes) -> Grid:
         ValueError: fewer than two, not strictly decreasing, NaN, or more than 1e-6 (relative) outside `[t_min, t_max]`.
     """
     t = vector(timesteps, "timesteps")
-    Grid(schedule, t)
+    _decreasing(t, "timesteps")
     return Grid(schedule, _within(schedule, t, "timesteps"))
 
 
@@ -218,13 +227,20 @@ def from_sigmas(schedule: Schedule, sigmas: Nodes) -> Grid:
     values = vector(sigmas, "sigmas")
     if not (values[:-1] > 0).all() or values[-1] < 0:
         raise ValueError(f"sigmas must be positive (only the last may be 0), got {values.tolist()}")
-    rising = np.flatnonzero(~(np.diff(values) < 0))
-    if len(rising):
-        i = int(rising[0])
-        raise ValueError(f"sigmas must decrease strictly: sigmas[{i}]={values[i]:g}, sigmas[{i + 1}]={values[i + 1]:g}")
+    _decreasing(values, "sigmas")
     positive = values[values > 0]
     t = _within(schedule, schedule.t_of_lam(-np.log(positive)), "sigmas")
     return Grid(schedule, t if len(positive) == len(values) else np.append(t, schedule.t_zero))
+
+
+def _decreasing(values: np.ndarray, name: str, what: str | None = None) -> None:
+    """Raise ValueError where values do not decrease strictly."""
+    rising = np.flatnonzero(~(np.diff(values) < 0))
+    if len(rising):
+        i = int(rising[0])
+        raise ValueError(
+            f"{what or name} must decrease strictly: {name}[{i}]={values[i]:g}, {name}[{i + 1}]={values[i + 1]:g}"
+        )
 
 
 def _within(schedule: Schedule, t: np.ndarray, what: str) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ Points = Callable[[Schedule, int], np.ndarray]
 Nodes = Sequence[float] | np.ndarray | Tensor
 _TRAINING_STEPS = 1000
 _VP_END = 1e-3  # where VP time ends; it starts at 1
+_RHO = (0.1, 100.0)  # beyond, powers overflow, or neighbours of a fine grid agree in all digits
 
 
 def uniform(schedule: Schedule, n: int) -> np.ndarray:
@@ -31,7 +32,7 @@ def logsnr(schedule: Schedule, n: int) -> np.ndarray:
 
 
 def power(rho: float, of: str = "sigma_bar") -> Points:
-    """A grid that is uniform in the rho-th root of a variable; `grid=grids.power(5)`.
+    """A grid that is uniform in the rho-th root of a variable; `grid=grids.power(5)`, or as text `grid="power(5)"`.
 
     In sigma_bar, rho = 7 is "karras" (Karras et al. 2022, arXiv:2206.00364, equation 5). In t, rho = 2 is "quadratic" (DDIM:
     Song et al. 2021, arXiv:2010.02502, appendix D.2). In VP time, rho = 1 and 2 are "time-uniform" and "time-quadratic",
@@ -40,18 +41,32 @@ def power(rho: float, of: str = "sigma_bar") -> Points:
     is t itself, and through it an EDM or discrete model takes the same noise levels.
 
     Args:
-        rho: positive; the larger, the more nodes at low noise.
+        rho: in [0.1, 100]; the larger, the more nodes at low noise.
         of: "sigma_bar", "t" or "vp_time".
 
     Raises:
-        ValueError: rho not positive and finite, or an unknown variable; from the grid itself, a schedule that starts at
+        ValueError: rho out of range, or an unknown variable; from the grid itself, a schedule that starts at
             alpha = 0 where the variable is infinite there, or whose ends no VP schedule with rising beta has.
     """
-    if isinstance(rho, bool) or not 0 < rho < math.inf:
-        raise ValueError(f"rho must be positive and finite, got {rho}")
+    if isinstance(rho, bool) or not _RHO[0] <= rho <= _RHO[1]:
+        raise ValueError(f"rho must be in [{_RHO[0]:g}, {_RHO[1]:g}], got {rho}")
     if of not in _POWERS:
         raise unknown("of", of, _POWERS)
-    return partial(_POWERS[of], rho=float(rho))
+    return _Power(float(rho), of)
+
+
+@dataclass(frozen=True)
+class _Power:
+    """The grid that `power` makes; as text, what makes it."""
+
+    rho: float
+    of: str
+
+    def __call__(self, schedule: Schedule, n: int) -> np.ndarray:
+        return _POWERS[self.of](schedule, n, self.rho)
+
+    def __repr__(self) -> str:
+        return f"power({self.rho:g}, of={self.of!r})"
 
 
 def _power_of_sigma_bar(schedule: Schedule, n: int, rho: float) -> np.ndarray:
@@ -150,6 +165,7 @@ def from_points(values: Nodes, of: str = "t") -> Points:
 
 _AYS_SD = (999.0, 850.0, 736.0, 645.0, 545.0, 455.0, 343.0, 233.0, 124.0, 24.0, 0.0)
 _AYS_SDXL = (999.0, 845.0, 730.0, 587.0, 443.0, 310.0, 193.0, 116.0, 53.0, 13.0, 0.0)
+_AYS_DEEPFLOYD = (995.0, 920.0, 811.0, 686.0, 555.0, 418.0, 315.0, 174.0, 109.0, 12.0, 0.0)
 _AYS_SVD = (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034, 0.002)
 
 
@@ -168,6 +184,14 @@ def ays(schedule: Schedule, n: int) -> np.ndarray:
 def ays_sdxl(schedule: Schedule, n: int) -> np.ndarray:
     """Align Your Steps for Stable Diffusion XL, which has the schedule of Stable Diffusion 1.5; see `ays`."""
     return _ays(schedule, n, "ays-sdxl", Discrete, 14.6146, 0.0291672, _AYS_SDXL)
+
+
+def ays_deepfloyd(schedule: Schedule, n: int) -> np.ndarray:
+    """Align Your Steps for the first stage of DeepFloyd IF, on the cosine schedule of 1000 training steps with beta to 0.999.
+
+    It starts at training step 995, sigma_bar = 160.4, and start noise is that of this level; see `ays`.
+    """
+    return _ays(schedule, n, "ays-deepfloyd", Discrete, 20291.2, 0.00642541, _AYS_DEEPFLOYD)
 
 
 def ays_svd(schedule: Schedule, n: int) -> np.ndarray:

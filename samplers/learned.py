@@ -64,7 +64,7 @@ class LearnedPlan(nn.Module):
         Raises:
             ValueError: the model does not give what the plan evaluates (epsilon-prediction where alpha = 0).
         """
-        draw = noise_of(noise_source, seed, indices, len(x_T))
+        draw = noise_of(noise_source, seed, indices, len(x_T), x_T.device)
         noises = [draw_noise(draw, k, x_T) for k in range(self.start.noises)]
         calls, within = self._calls(), self._within()
         raw = tuple(model.affine(call.kind, call.t, call.alpha, call.sigma) == (0.0, 1.0) for call in calls)

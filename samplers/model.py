@@ -72,8 +72,8 @@ class EpsModel:
     Args:
         net: `net(x, t, **cond) -> output`, with x (B, ...), t (B,) of x's dtype (float32 where x is of half precision),
             and an output of x's shape, which each call may write where the last one did (but not into several buffers by
-            turns). For `predicts="edm"` it is the raw network F, called with `c_in x / alpha` and
-            `c_noise = log(sigma / alpha) / 4`.
+            turns). The memory of x is used again by the next call. For `predicts="edm"` it is the raw network F, called with
+            `c_in x / alpha` and `c_noise = log(sigma / alpha) / 4`.
         schedule: the noise schedule the network was trained on.
         predicts: "eps", "x0", "v", "score", "flow" (dx/dt of the interpolant) or "edm".
         time_input: maps the schedule's time (B,) to what the network takes, e.g. `lambda t: 1000 * t`; None: passed as it is.
@@ -111,6 +111,7 @@ class EpsModel:
             sigma_data,
         )
         self.compiled: dict[Any, Any] = {}  # loops of `samplers.compiled`, which live as long as the model
+        self._inputs: list[Tensor] | None = None  # in a run, what `_scaled` writes to
 
     @property
     def weights(self) -> Tensor | None:
@@ -119,8 +120,12 @@ class EpsModel:
         return next(iter(parameters()), None) if callable(parameters) else None
 
     def begin(self) -> EpsModel:
-        """The model for one run: itself, or a copy with an empty memory where it remembers the calls of a run."""
-        return self
+        """The model for one run: itself, or a copy with a memory of its own where it remembers or writes to one."""
+        if self.predicts != "edm":
+            return self
+        other = copy.copy(self)
+        other._inputs = []
+        return other
 
     def with_networks(self, change: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> EpsModel:
         """A copy whose network is `change(net)`; of a model that is made of others, every network in it."""
@@ -196,7 +201,7 @@ class EpsModel:
         state = x
         if self.predicts == "edm":  # c_in x / alpha and c_noise
             total = sigma**2 + (self.sigma_data * alpha) ** 2
-            state = x * (total**-0.5 if not isinstance(total, Tensor) else total.rsqrt().to(x.dtype))
+            state = self._scaled(x, total**-0.5 if not isinstance(total, Tensor) else total.rsqrt().to(x.dtype))
             times = (-0.25 * self.schedule.lam(times.double())).to(times.dtype)
         if self.time_input is not None:
             times = self.time_input(times)
@@ -207,7 +212,17 @@ class EpsModel:
             )
         if out.shape != x.shape:
             raise ValueError(f"net must return the shape of x, {tuple(x.shape)}, got {tuple(out.shape)}")
+        if self._inputs and out.untyped_storage().data_ptr() == self._inputs[0].untyped_storage().data_ptr():
+            return out.clone()  # its own input, which the next call writes to
         return out
+
+    def _scaled(self, x: Tensor, by: Scalar) -> Tensor:
+        """`by * x`; in a run without gradient, where the last call's was."""
+        if self._inputs is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return x * by
+        if not self._inputs or (self._inputs[0].shape, self._inputs[0].dtype) != (x.shape, x.dtype):
+            self._inputs[:] = [torch.empty_like(x)]
+        return torch.mul(x, by, out=self._inputs[0])
 
     def evaluate(
         self, x: Tensor, t: float, alpha: float, sigma: float, kind: str, cond: Mapping[str, Any]

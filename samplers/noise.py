@@ -48,6 +48,7 @@ def standard_normal(
     shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Standard normal noise, one independent stream for each sample index and noise number.
 
@@ -57,19 +58,45 @@ def standard_normal(
         number: which noise of the sample, in [0, 2^32): 0 is the start noise, k + 1 the k-th noise of a stochastic plan.
         shape: of one sample.
         dtype, device: of the result; the numbers are drawn in float64 whatever the dtype.
+        out: (B, *shape), of that dtype on that device, to be written to; None makes one.
 
     Returns:
-        (B, *shape).
+        (B, *shape); what is made on the way is of a quarter of its size.
     """
     size = math.prod(shape)
     blocks = torch.arange((size + 3) // 4, dtype=torch.int64, device=device)
     index = indices.to(device=device, dtype=torch.int64)[:, None]
     words = philox((blocks[None, :], torch.full_like(index, number), index & _MASK, index >> 32), check_seed(seed))
-    uniform = torch.stack([word.double() for word in words], dim=-1).add_(0.5).mul_(2.0**-32)
-    radius = uniform[..., :2].log().mul_(-2.0).sqrt_()
-    angle = uniform[..., 2:] * (2.0 * math.pi)
-    normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
-    return normal.flatten(1)[:, :size].to(dtype).reshape(len(indices), *shape)
+    uniform = [word.double().add_(0.5).mul_(2.0**-32) for word in words]
+    radius = [u.log_().mul_(-2.0).sqrt_() for u in uniform[:2]]
+    angle = [u.mul_(2.0 * math.pi) for u in uniform[2:]]
+    if out is None:
+        out = torch.empty((len(indices), *shape), dtype=dtype, device=device)
+    whole = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    quarters = [whole.view(len(indices), size)[:, k::4] for k in range(4)]
+    for k, quarter in enumerate(quarters):
+        wave = angle[k % 2].cos() if k < 2 else angle[k % 2].sin_()
+        quarter.copy_(wave.mul_(radius[k % 2])[:, : quarter.shape[1]])
+    return out if whole is out else out.copy_(whole)
+
+
+class SeededNoise:
+    """The noise source of a seed: noise k of sample i is a function of (seed, i, k) alone.
+
+    Args:
+        seed: in [0, 2^64).
+        indices: (B,) int64 sample indices, on the device of the states.
+
+    Raises:
+        ValueError: a bad seed.
+    """
+
+    def __init__(self, seed: int, indices: Tensor) -> None:
+        self.seed, self.indices = check_seed(seed), indices
+
+    def __call__(self, k: int, like: Tensor, out: Tensor | None = None) -> Tensor:
+        """The k-th noise, of like's shape, dtype and device; written into `out` where that is given."""
+        return standard_normal(self.seed, self.indices, k + 1, like.shape[1:], like.dtype, like.device, out)
 
 
 def check_seed(seed: int) -> int:

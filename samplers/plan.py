@@ -118,18 +118,19 @@ class Plan:
         """The network calls, in order."""
         return tuple(step for step in self.instructions if isinstance(step, Evaluate))
 
-    def program(self, raw: tuple[bool, ...]) -> Program:
+    def program(self, raw: tuple[bool, ...], filled: bool = False) -> Program:
         """The plan lowered to buffers, made once for each pattern of calls whose output needs no conversion.
 
         Args:
             raw: for each call, whether the network gives what the plan evaluates, as it is.
+            filled: whether the noise source writes into buffers.
         """
-        if raw not in self._programs:
-            self._programs[raw] = lower(self.instructions, raw)
-        return self._programs[raw]
+        if (raw, filled) not in self._programs:
+            self._programs[raw, filled] = lower(self.instructions, raw, filled)
+        return self._programs[raw, filled]
 
     @cached_property
-    def _programs(self) -> dict[tuple[bool, ...], Program]:
+    def _programs(self) -> dict[tuple[tuple[bool, ...], bool], Program]:
         return {}
 
     @cached_property

@@ -55,7 +55,7 @@ class Sum(NamedTuple):
     """A Combine on places.
 
     `order` gives the position of each term in the Combine, `draws` the noises (place, number) that are first used here. Where a
-    buffer dies here it is the first term and the result takes its place.
+    buffer of a state or an output dies here it is the first term and the result takes its place.
     """
 
     dst: int
@@ -70,15 +70,15 @@ class Sum(NamedTuple):
 class Program:
     """A plan with a place for each value: buffers of the executor's own from 0 on, borrowed tensors from -1 down.
 
-    Borrowed are x_T (place -1), the noises, and the network's outputs where they need no conversion: nobody writes to them,
-    and they are let go after their last use.
+    Borrowed are x_T (place -1), a caller's noises, and the network's outputs where they need no conversion: nobody writes to
+    them, and they are let go after their last use. All buffers are made before the loop, and stay.
 
     Attributes:
         code: one entry for each instruction.
         buffers: how many buffers are written to.
         borrowed: how many places borrowed tensors take.
-        registers: the most tensors of the state's size, besides x_T, that exist at one time; not counted is a copy of the
-            first output that is kept, which the executor holds until the next call.
+        registers: the most tensors of the state's size, besides x_T, that exist at one time, with the copy of the first output
+            that is kept, which the executor holds until the next call.
     """
 
     code: tuple[Call | Sum, ...]
@@ -87,37 +87,41 @@ class Program:
     registers: int
 
 
-def lower(instructions: Sequence[Instruction], raw: Sequence[bool]) -> Program:
+def lower(instructions: Sequence[Instruction], raw: Sequence[bool], filled: bool = False) -> Program:
     """Assign places by liveness.
 
     Args:
         instructions: of a valid plan.
         raw: for each Evaluate, whether the network's output is the value itself; otherwise a buffer takes the conversion.
+        filled: whether noises are written into buffers, instead of being somebody's tensors.
     """
     last = {name: i for i, step in enumerate(instructions) for name in uses(step)}
     places = _Places()
     code: list[Call | Sum] = []
     called = [*(i for i, step in enumerate(instructions) if isinstance(step, Evaluate)), len(instructions)]
-    registers = calls = 0
+    most = calls = 0
+    copied = range(0)  # the instructions during which the copy of a first output exists
     for i, step in enumerate(instructions):
         dying = [name for name in uses(step) if last[name] == i]
         if isinstance(step, Evaluate):
             src = places.of[step.src]
+            kept = raw[calls] and last.get(step.dst, i) > called[calls + 1]
+            if kept and not copied:
+                copied = range(i, called[calls + 1] + 1)
+            most = max(most, places.lent + 1 + (i in copied))  # the output exists, converted or not
             if raw[calls]:
                 places.borrow(step.dst)
                 ends = places.release(dying)
             else:  # in place on a state that nobody needs any more
                 ends = places.release(dying)
                 places.own(step.dst)
-            registers = max(registers, places.alive + (not raw[calls]))
-            kept = raw[calls] and last.get(step.dst, i) > called[calls + 1]
             code.append(Call(places.of[step.dst], src, calls, ends, kept))
             calls += 1
         else:
             drawn = [name for name in uses(step) if name not in places.of]
             for name in drawn:
-                places.borrow(name)
-            into = next((name for name in dying if places.of[name] >= 0), None)
+                places.own(name) if filled else places.borrow(name)
+            into = next((name for name in dying if places.of[name] >= 0 and name[0] != "z"), None)
             order = sorted(range(len(step.terms)), key=lambda j, into=into: step.terms[j][0] != into)  # type: ignore[misc]
             terms = tuple((places.of[step.terms[j][0]], step.terms[j][1]) for j in order)
             draws = tuple((places.of[name], int(name[1:])) for name in drawn)
@@ -126,9 +130,9 @@ def lower(instructions: Sequence[Instruction], raw: Sequence[bool]) -> Program:
                 dying.remove(into)
             else:
                 places.own(step.dst)
-            registers = max(registers, places.alive)
+            most = max(most, places.lent + (i in copied))
             code.append(Sum(places.of[step.dst], terms, tuple(order), step.node, draws, places.release(dying)))
-    return Program(tuple(code), places.buffers, places.borrowed, registers)
+    return Program(tuple(code), places.buffers, places.borrowed, places.buffers + most)
 
 
 def uses(step: Instruction) -> tuple[str, ...]:
@@ -146,9 +150,9 @@ class _Places:
         self._free_borrowed: list[int] = []
 
     @property
-    def alive(self) -> int:
-        """Tensors besides x_T: all buffers so far, which stay, and the borrowed ones in use."""
-        return self.buffers + self.borrowed - 1 - len(self._free_borrowed)
+    def lent(self) -> int:
+        """Borrowed tensors in use, besides x_T."""
+        return self.borrowed - 1 - len(self._free_borrowed)
 
     def own(self, name: str) -> None:
         if not self._free_buffers:

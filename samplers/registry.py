@@ -31,6 +31,10 @@ from samplers.solvers.sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, seeds
 from samplers.solvers.unipc import unipc
 
 ENTRY_POINTS = "fewstep.samplers"
+_OF_MODELS = {  # what other code takes as options of a sampler, and here changes the model
+    "threshold": "thresholding wraps the model, sample(guidance.threshold(model), ...), and works with every sampler",
+    "clip": "clipping wraps the model, sample(guidance.clip(model), ...), and works with every sampler",
+}
 _GIVEN = ("grid", "model", "x_T", "nfe", "callback", "cond")  # arguments of every sampler, which are not options
 
 
@@ -101,6 +105,8 @@ class Sampler:
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise ValueError for an option this sampler does not have, TypeError for one that should be a number and is not."""
         for name, value in options.items():
+            if name not in self.options and name in _OF_MODELS:
+                raise ValueError(f"{name} is no option of a sampler: {_OF_MODELS[name]}")
             if name not in self.options:
                 raise unknown(f"option of sampler {self.name!r}:", name, self.options or ("none",))
             default = self.options[name]

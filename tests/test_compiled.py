@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from samplers import EpsModel, make_plan, run_plan, sample, schedules
-from samplers.execute import Loop
+from samplers.execute import Loop, noise_of
 
 VP = schedules.vp_linear()
 
@@ -70,21 +70,28 @@ def test_each_compiled_loop_counts_for_itself():
             torch.testing.assert_close(run_plan(plan, model, x_T, compile="loop"), run_plan(plan, model, x_T))
 
 
+def test_indices_are_on_the_device_of_the_states_before_the_loop():
+    assert noise_of(None, 0, None, 4, "meta").indices.device.type == "meta"
+    assert noise_of(None, 0, torch.arange(4), 4, "meta").indices.device.type == "meta"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["ddpm", "heun", "dpmpp-2m"])
-def test_on_a_gpu_nothing_synchronises_and_a_graph_gives_the_eager_result(name):
+@pytest.mark.parametrize("seeded", [False, True])
+def test_on_a_gpu_nothing_synchronises_and_a_graph_gives_the_eager_result(name, seeded):
     def net(x, t, shift):
         return 0.1 * x * t[:, None, None, None] + shift
 
     model, plan = EpsModel(net, VP), make_plan(name, VP, steps=5)
     x_T = normal(4, 3, 8, 8, dtype=torch.float32).cuda()
-    source = lambda k, like: torch.full_like(like, 0.1 * k)  # noqa: E731
-    loop, cond = Loop.of(plan, model, x_T), {"shift": torch.tensor(0.1).cuda()}
+    source = None if seeded else lambda k, like: torch.full_like(like, 0.1 * k)
+    draw = noise_of(source, 3, torch.arange(4), len(x_T), x_T.device)  # of indices on the host
+    loop, cond = Loop.of(plan, model, x_T, draw), {"shift": torch.tensor(0.1).cuda()}
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.no_grad():
-            loop.run(x_T, source, cond)
+            loop.run(x_T, draw, cond)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for start, shift in ((x_T, torch.tensor(0.1)), (-x_T, torch.tensor(0.2)), (x_T, torch.tensor(0.3).cuda())):
@@ -92,6 +99,6 @@ def test_on_a_gpu_nothing_synchronises_and_a_graph_gives_the_eager_result(name):
         torch.cuda.empty_cache()
         rubbish = [torch.full((64,), math.nan, device="cuda") for _ in range(300)]
         del rubbish
-        options = {"noise_source": source, "cond": {"shift": shift}}
+        options = {"noise_source": source, "seed": 3, "cond": {"shift": shift}}
         graphed = run_plan(plan, model, start, compile="graph", **options)
         torch.testing.assert_close(graphed, run_plan(plan, model, start, **options), rtol=1e-5, atol=1e-5)

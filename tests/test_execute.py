@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from samplers import EpsModel, SamplingError, list_samplers, make_plan, run_plan, sample, schedules
-from samplers.program import Call, Combine, Evaluate
+from samplers.program import Combine, Evaluate
 
 VP = schedules.vp_linear()
 FIXED = [s.name for s in list_samplers() if not s.adaptive]
@@ -358,76 +356,9 @@ def test_an_empty_batch_is_an_empty_batch():
     assert out.shape == (0, 3)
 
 
-@every_sampler
-@pytest.mark.parametrize(("predicts", "per_output"), [("eps", 0), ("v", 1)])
-def test_memory_does_not_grow_with_steps(monkeypatch, name, predicts, per_output):
-    """Buffers the executor makes, and outputs it keeps alive while the network runs, are constant in the steps."""
-    empty_like, alive, counts = torch.empty_like, [], {}
-
-    def net(x, t):
-        peak[0] = max(peak[0], sum(output() is not None for output in alive))
-        out = 0.3 * x
-        alive.append(weakref.ref(out))
-        return out
-
-    for steps in (10, 50):  # of enough steps for the whole history of every multistep method
-        made, peak = [], [0]
-        monkeypatch.setattr(torch, "empty_like", lambda like, made=made: made.append(1) or empty_like(like))
-        run_plan(make_plan(name, VP, steps=steps), EpsModel(net, VP, predicts), normal(2, 3))
-        counts[steps] = (len(made), peak[0])
-    assert counts[10] == counts[50]
-    if name == "ddim":
-        assert counts[10] == (1 + per_output, 0)
-
-
 def test_a_network_is_called_as_often_as_the_plan_says():
     calls = []
     plan = make_plan("dpm-solver-3s", VP, nfe=11)
     run_plan(plan, EpsModel(lambda x, t: calls.append(float(t[0])) or x, VP), normal(2, 3))
     assert len(calls) == plan.nfe == 11
     assert calls == [s.t for s in plan.instructions if isinstance(s, Evaluate)]
-
-
-class Watching(TorchDispatchMode):
-    """Counts the state-sized tensors that exist at one time, and the copies of a number to the host."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size, self.alive, self.most, self.synchronised = size, [], 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.synchronised += function is torch.ops.aten._local_scalar_dense.default
-        if isinstance(result, torch.Tensor) and result.numel() == self.size:
-            self.alive.append(weakref.ref(result))
-            there = [tensor for reference in self.alive if (tensor := reference()) is not None]
-            self.most = max(self.most, len({tensor.untyped_storage().data_ptr() for tensor in there}))
-        return result
-
-
-@every_sampler
-@pytest.mark.parametrize("predicts", ["eps", "v", "x0"])
-def test_memory_is_the_plans_registers_and_nothing_waits_for_the_device(name, predicts):
-    plan, x_T = make_plan(name, VP, steps=8), normal(64, 300)
-    model = EpsModel(lambda x, t: 0.3 * x, VP, predicts)
-    raw = tuple(call.kind == predicts for call in plan.calls)
-    noise = normal(64, 300, seed=1)
-    with Watching(x_T.numel()) as watching:
-        run_plan(plan, model, x_T, check=False, noise_source=lambda k, like: noise.mul(1.0))
-    program = plan.program(raw)
-    first_output = any(isinstance(step, Call) and step.kept for step in program.code)  # copied until the second call
-    assert program.registers <= watching.most <= program.registers + first_output
-    assert watching.synchronised == 0
-
-
-def test_registers_of_known_methods():
-    def registers(name, raw, **options):
-        plan = make_plan(name, VP, steps=20, **options)
-        return plan.program((raw,) * plan.nfe).registers
-
-    assert registers("ddim", True) == 2  # the state and the output
-    assert registers("ddim", False) == 3  # and its conversion
-    assert registers("ddpm", True) == 3  # and the noise
-    assert registers("heun", True) == 3  # a second output; the correction is added to the predicted state
-    assert registers("dpmpp-2m", True) == 3  # the output before
-    assert registers("dpmpp-2m", False) == 4

@@ -17,8 +17,10 @@ VP, FLOW, EDM = schedules.vp_linear(), schedules.flow(), schedules.edm()
 DISCRETE = schedules.from_betas(np.linspace(1e-4, 0.02, 1000))
 SD = schedules.from_betas(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)  # Stable Diffusion's, 1.5 and XL
 SVD = schedules.edm(0.002, 700.0)
+_KEPT = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+DEEPFLOYD = schedules.from_betas(np.minimum(1 - _KEPT[1:] / _KEPT[:-1], 0.999))  # diffusers' "squaredcos_cap_v2"
 NEED_A_FINITE_START = {"logsnr", "exponential", "karras", "edm", "time-uniform", "time-quadratic"}
-PUBLISHED_FOR = {"ays": SD, "ays-sdxl": SD, "ays-svd": SVD}
+PUBLISHED_FOR = {"ays": SD, "ays-deepfloyd": DEEPFLOYD, "ays-sdxl": SD, "ays-svd": SVD}
 
 on_every_schedule = pytest.mark.parametrize(
     "schedule", ["vp_linear", "cosine", "edm", "flow", "discrete", "zero_snr"], indirect=True
@@ -44,7 +46,8 @@ def test_named_grids(schedule, name):
         points = grid.t if ends == "t_min" else grid.t[:-1]
         assert grid.steps == steps + (ends == "denoise")
         assert (np.diff(grid.t) < 0).all()
-        if name != "leading" and (name, len(points)) != ("linspace", 1):  # these two are as in diffusers
+        # two are as in diffusers, and one is published with a lower start
+        if name not in ("leading", "ays-deepfloyd") and (name, len(points)) != ("linspace", 1):
             assert grid.t[0] == schedule.t_max
         if name != "trailing" and not (GRIDS[name].replaces and ends == "zero") and len(points) > 1:
             assert points[-1] == pytest.approx(schedule.t_min, rel=1e-9, abs=1e-9)
@@ -218,9 +221,18 @@ def test_align_your_steps_of_video():
     assert make_grid(SVD, "ays-svd", 10).t.tolist() == AysSchedules["StableDiffusionVideoSigmas"]
 
 
+def test_align_your_steps_of_deepfloyd():
+    published = [160.41, 8.081, 3.315, 1.885, 1.207, 0.785, 0.553, 0.293, 0.186, 0.030, 0.006]
+    rounding = [0.005, *[0.00051] * 10]
+    levels = DEEPFLOYD.sigma_bar(make_grid(DEEPFLOYD, "ays-deepfloyd", 10, "t_min").t)
+    assert (np.abs(levels - published) <= rounding).all()
+    assert make_plan("ddim", DEEPFLOYD, steps=10, grid="ays-deepfloyd").times[-1] == DEEPFLOYD.t_zero
+
+
 @pytest.mark.parametrize(
     ("name", "schedule", "message"),
     [
+        ("ays-deepfloyd", SD, "grid 'ays-deepfloyd' is published for .* 20291.2 to 0.00642541; this .* from 14.6"),
         ("ays", DISCRETE, "schedule 'discrete' of 1000 training steps .* 14.6146 to 0.0291672; this .* from 157"),
         ("ays", schedules.from_betas(np.linspace(0.00085**0.5, 0.012**0.5, 500) ** 2), "of 1000 training steps"),
         ("ays-sdxl", EDM, "grid 'ays-sdxl' is published for schedule 'discrete'"),
@@ -293,16 +305,57 @@ def test_points_outside_the_schedule():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0,), "rho must be positive and finite, got 0"),
-        ((-1,), "rho must be positive and finite, got -1"),
-        ((math.nan,), "rho must be positive and finite, got nan"),
-        ((True,), "rho must be positive and finite, got True"),
+        ((0.0,), r"rho must be in \[0.1, 100\], got 0.0"),
+        ((-1,), r"rho must be in \[0.1, 100\], got -1"),
+        ((1e-4,), r"rho must be in \[0.1, 100\], got 0.0001"),
+        ((1e9,), r"rho must be in \[0.1, 100\], got 1000000000.0"),
+        ((math.nan,), r"rho must be in \[0.1, 100\], got nan"),
+        ((True,), r"rho must be in \[0.1, 100\], got True"),
         ((2.0, "sigma"), "unknown of 'sigma'; did you mean 'sigma_bar'"),
     ],
 )
 def test_bad_powers(arguments, message):
     with pytest.raises(ValueError, match=message):
         grids.power(*arguments)
+
+
+@on_every_schedule
+@pytest.mark.parametrize("of", ["sigma_bar", "t", "vp_time"])
+@pytest.mark.parametrize("rho", [0.1, 100.0])
+def test_every_power_gives_a_grid(schedule, of, rho):
+    if schedule.alpha(schedule.t_max) > 0 or of == "t":
+        t = make_grid(schedule, grids.power(rho, of), 200).t
+        assert t[0] == schedule.t_max
+        assert t[-1] == pytest.approx(schedule.t_min, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ("power(5)", grids.power(5)),
+        (" power( 2.5 , t ) ", grids.power(2.5, "t")),
+        ("power(rho=2, of='vp_time')", grids.power(2, of="vp_time")),
+        (repr(grids.power(3, of="t")), grids.power(3, of="t")),
+    ],
+)
+def test_a_power_by_text(text, points):
+    assert make_grid(VP, text, 7).t.tolist() == make_grid(VP, points, 7).t.tolist()
+    assert make_plan("ddim", VP, nfe=4, grid=text) == make_plan("ddim", VP, nfe=4, grid=points)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("power(x)", r"rho of grid 'power\(x\)' must be a number, got 'x'"),
+        ("power(0)", r"rho must be in \[0.1, 100\], got 0"),
+        ("power(2, sigma)", "unknown of 'sigma'; did you mean 'sigma_bar'"),
+        ("power()", r"unknown grid 'power\(\)'; did you mean 'power\(rho\)'"),
+        ("power", r"unknown grid 'power'; did you mean 'power\(rho\)'"),
+    ],
+)
+def test_bad_powers_by_text(text, message):
+    with pytest.raises(ValueError, match=message):
+        make_grid(VP, text, 5)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +369,7 @@ def test_bad_powers(arguments, message):
         ((lambda s, n: np.linspace(1.0, -0.5, n), 2), r"time -0.5 is outside \[0.001, 1\]"),
         ((lambda s, n: np.full(n, math.nan), 2), "must be finite: node 0 is nan"),
         ((lambda s, n: np.linspace(1.0, 0.1, 7), 2), r"must give 3 times, got shape \(7,\)"),
-        ((lambda s, n: [], 2), r"must give 3 times, got shape \(0,\)"),
+        ((lambda s, n: [], 2), r"grid <lambda> must give 3 times, got shape \(0,\)"),
         (("uniform", 0, "zero"), "steps must be at least 1, got 0"),
     ],
 )
@@ -346,8 +399,8 @@ NOT_NUMBERS = [
     ("values", "message"),
     [
         *NOT_NUMBERS,
-        ([0.2, 0.5], r"must decrease strictly: t\[0\]=0.2, t\[1\]=0.5"),
-        ([0.9, 0.5, 0.5], r"must decrease strictly: t\[1\]=0.5, t\[2\]=0.5"),
+        ([0.2, 0.5], r"timesteps must decrease strictly: timesteps\[0\]=0.2, timesteps\[1\]=0.5"),
+        ([0.9, 0.5, 0.5], r"timesteps must decrease strictly: timesteps\[1\]=0.5, timesteps\[2\]=0.5"),
         ([1.00001, 0.5], r"timesteps: time 1.00001 is outside \[0.001, 1\], the range of schedule 'vp_linear'"),
         ([0.5, 0.0009], "timesteps: time 0.0009 is outside"),
         ([0.5, 0.0], "timesteps: time 0 is outside"),

@@ -51,6 +51,45 @@ def test_log_density_is_the_mixtures_to_a_thousandth_of_a_nat(centred, schedule)
     assert found.nfe > 20
 
 
+@pytest.mark.parametrize(
+    ("schedule", "dim", "probes"),
+    [*((name, 2, 2) for name in SCHEDULES), ("vp", 3, 4), ("vp", 8, 8), ("flow", 8, 8)],
+)
+def test_hutchinsons_estimator_gives_it_to_a_thousandth_of_a_nat_with_all_orthogonal_probes(schedule, dim, probes):
+    """As many as dimensions, or as the next power of two; every sample has its own order and signs of them."""
+    mixture, schedule = GaussianMixture.random(dim=dim, components=3, seed=0), SCHEDULES[schedule]
+    x = states(mixture, schedule)
+    how = {"divergence": "estimate", "kind": "hadamard", **TIGHT}
+    found = tasks.log_likelihood(v_model(mixture, schedule), x, probes=probes, **how)
+    true = mixture.log_prob(x, *level(schedule, schedule.t_min))
+    torch.testing.assert_close(found.log_p, true, rtol=0, atol=1e-3)
+    assert (found.error == 0).all()
+    fewer = tasks.log_likelihood(v_model(mixture, schedule), x, probes=probes - 1, **how)
+    assert (fewer.log_p - true).abs().max() > 1e-2
+
+
+def test_variance_of_the_probes():
+    """As documented: of a normal, whose Jacobian is the same at every state."""
+    root = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    normal = GaussianMixture.from_covariances([1.0], torch.zeros(1, 4), (root @ root.mT)[None])
+    one = states(normal, VP, 1)
+    x, model, count = one.expand(3000, 4), v_model(normal, VP), 3000
+    true = float(tasks.log_likelihood(model, one, divergence="exact").log_p)
+    variance, trusted = {}, {}
+    for kind, probes in (("rademacher", 1), ("rademacher", 3), ("hadamard", 1), ("hadamard", 2), ("hadamard", 3)):
+        found = tasks.log_likelihood(model, x, kind=kind, probes=probes, rtol=1e-3, atol=1e-3)
+        off = found.log_p - true
+        assert abs(float(off.mean())) < 4 * float(off.std()) / count**0.5 + 1e-2  # no bias
+        variance[kind, probes], trusted[kind, probes] = float(off.var()), float(found.error.square().mean())
+    single = variance["rademacher", 1]
+    assert variance["rademacher", 3] == pytest.approx(single / 3, rel=0.1)
+    for probes in (1, 2, 3):
+        assert variance["hadamard", probes] == pytest.approx(single / probes * (4 - probes) / 3, rel=0.1)
+    for key in trusted:
+        if key[1] > 1:
+            assert trusted[key] == pytest.approx(variance[key], rel=0.1)
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
 def test_a_network_of_half_precision_costs_its_own_rounding_only(centred, dtype, error):
     x = states(centred, VP).to(dtype)
@@ -75,6 +114,7 @@ def test_the_true_prior_leaves_the_integrators_error_alone(mixture, schedule):
     assert off > 0.3 * reach
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("schedule", [VP, EDM, FLOW], ids=["vp", "edm", "flow"])
 def test_hutchinsons_estimate_is_within_its_error(centred, schedule, kind):
@@ -159,6 +199,11 @@ def test_dequantise():
     [
         ({"divergence": "exakt"}, ValueError, "unknown divergence 'exakt'; did you mean 'exact'"),
         ({"kind": "rademaker"}, ValueError, "unknown kind 'rademaker'"),
+        (
+            {"kind": "hadamard", "probes": 3},
+            ValueError,
+            "probes must be at most 2 of kind 'hadamard' in 2 dimensions, .* got 3",
+        ),
         ({"probes": 0}, ValueError, "probes must be a whole number, at least 1, got 0"),
         ({"rtol": 0.0}, ValueError, "rtol must be positive"),
         ({"t_max": 2.0}, ValueError, r"t_min and t_max must be in order within \[0.001, 1\]"),

@@ -234,6 +234,8 @@ BAD_BOTH = [
     ),
     (("ddim",), {"timesteps": [0.5]}, ValueError, "timesteps needs at least 2 values"),
     (("ddim",), {"sigmas": [1.0, 2.0]}, ValueError, "sigmas must decrease strictly"),
+    (("ddim",), {"timesteps": [1.0, 0.5, 0.5]}, ValueError, r"timesteps must decrease strictly: timesteps\[1\]=0.5"),
+    (("ddim",), {"steps": 3, "threshold": 0.9}, ValueError, r"threshold is no option .*guidance.threshold\(model\)"),
     (("ddim",), {"steps": 5, "grid": "karas"}, ValueError, "unknown grid 'karas'; did you mean 'karras'"),
     (("ddim",), {"steps": 5, "final": "end"}, ValueError, "unknown final 'end'"),
     (("ddim",), {"steps": 5, "grid": 7}, TypeError, "grid must be a name or a function"),

@@ -22,6 +22,7 @@ STOCHASTIC = [
     ("edm", {"s_churn": 4.0}),
     ("dpmpp-sde", {}),
     ("dpmpp-2m-sde", {}),
+    ("dpmpp-2m-sde", {"predict": "eps"}),
     ("dpmpp-3m-sde", {}),
     ("seeds", {}),
     ("seeds", {"order": 2}),
@@ -44,6 +45,8 @@ SAME = [
     ("dpmpp-sde", {"eta": 0.0, "r1": 0.3}, "dpmpp-2s", {"r1": 0.3}),
     ("dpmpp-2m-sde", {"eta": 0.0}, "dpmpp-2m", {}),
     ("dpmpp-2m-sde", {"eta": 0.0, "solver_type": "heun"}, "dpmpp-2m", {"solver_type": "heun"}),
+    ("dpmpp-2m-sde", {"eta": 0.0, "predict": "eps"}, "dpm-solver-2m", {}),
+    ("dpmpp-2m-sde", {"eta": 0.0, "predict": "eps", "solver_type": "heun"}, "eab-2", {"predict": "eps"}),
     ("dpmpp-3m-sde", {"eta": 0.0}, "dpmpp-3m", {"solver_type": "heun"}),
     ("dpmpp-3m-sde", {"eta": 0.0, "weights": "exact"}, "eab-3", {}),
     ("seeds", {"eta": 0.0}, "dpm-solver-3s", {}),
@@ -81,6 +84,35 @@ def test_without_noise_none_is_drawn(name, options, off):
         off = {"s_churn": 0.0}
     assert make_plan(name, VP, steps=5, **options).stochastic
     assert not make_plan(name, VP, steps=5, **{**options, **off}).stochastic
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("schedule", ["vp_linear", "edm", "discrete"], indirect=True)
+def test_sde_dpm_solver_of_first_order_is_seeds_1(schedule, eta):
+    """A run of one step, and the last step of a longer one where the order is lowered there."""
+    one = [
+        make_plan(name, schedule, steps=1, grid="uniform", predict="eps", eta=eta, **order)
+        for name, order in (("dpmpp-2m-sde", {}), ("seeds", {"order": 1}))
+    ]
+    assert one[0].close(one[1], rtol=1e-12)
+    long = [
+        make_plan(name, schedule, steps=5, grid="uniform", predict="eps", eta=eta, **order)
+        for name, order in (("dpmpp-2m-sde", {}), ("seeds", {"order": 1}))
+    ]
+    ends = [[c for _, c in plan.instructions[-1].terms] for plan in long]
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-12)
+
+
+def test_sde_dpm_solver_2m_is_the_papers_step():
+    """Lu et al. 2022, arXiv:2211.01095: eta = 1, "midpoint", in its own letters."""
+    nodes = [0.9, 0.6, 0.4]
+    plan = make_plan("dpmpp-2m-sde", VP, timesteps=nodes, predict="eps", lower_order_final=False)
+    lam, alpha, sigma = (f(np.array(nodes)) for f in (VP.lam, VP.alpha, VP.sigma))
+    h_0, h = np.diff(lam)
+    d_1 = sigma[2] * math.expm1(h) * h / h_0
+    got = dict(plan.instructions[-1].terms)
+    expected = [alpha[2] / alpha[1], -2 * sigma[2] * math.expm1(h) - d_1, d_1, sigma[2] * math.sqrt(math.expm1(2 * h))]
+    np.testing.assert_allclose(list(got.values()), expected, rtol=1e-12)
 
 
 # noises ----------------------------------------------------------------------------------------------------------
@@ -209,6 +241,8 @@ WEAK = [  # name, options, order of the variance, order of the mean given the st
     ("dpmpp-2m-sde", {**FULL}, 2, None, 1.0),
     ("dpmpp-2m-sde", {**FULL, "eta": 0.5, "solver_type": "heun"}, 2, 2, 0.5),
     ("dpmpp-2m-sde", {**FULL, "eta": 0.5}, 2, 2, 0.5),
+    ("dpmpp-2m-sde", {**FULL, "predict": "eps"}, 2, 2, 1.0),
+    ("dpmpp-2m-sde", {**FULL, "predict": "eps", "eta": 0.5, "solver_type": "heun"}, 2, 2, 0.5),
     ("dpmpp-3m-sde", {**FULL, "eta": 0.5}, 2, 2, 0.5),
     ("dpmpp-3m-sde", {**FULL, "eta": 0.5, "weights": "exact"}, 2, 3, 0.5),
     ("seeds", {"order": 1}, 1, 1, 1.0),
@@ -283,6 +317,7 @@ CLOCKS = [  # the variable over which the noises are increments of a Brownian pa
     ("dpmpp-sde", {}, lambda lam: -np.exp(-lam)),
     ("dpmpp-2m-sde", {**FULL}, lambda lam: np.exp(2 * lam)),
     ("dpmpp-2m-sde", {**FULL, "eta": 0.5}, lambda lam: np.exp(lam)),
+    ("dpmpp-2m-sde", {**FULL, "predict": "eps"}, lambda lam: -np.exp(-2 * lam)),
     ("dpmpp-3m-sde", {**FULL}, lambda lam: np.exp(2 * lam)),
     ("seeds", {"order": 1}, lambda lam: -np.exp(-2 * lam)),
     ("seeds", {"order": 2}, lambda lam: -np.exp(-2 * lam)),
@@ -349,6 +384,7 @@ def test_inner_points_stay_within_the_schedule(exact, schedule, name, options):
         ("dpmpp-2m-sde", {"s_noise": math.inf}, "s_noise must be finite and at least 0, got inf"),
         ("dpmpp-2m-sde", {"solver_type": "bh1"}, "unknown solver_type 'bh1'; .*accepted: heun, midpoint, taylor"),
         ("dpmpp-2m-sde", {"lower_order_final": -1}, "lower_order_final must be True, False or a step count, got -1"),
+        ("dpmpp-2m-sde", {"predict": "v"}, "unknown predict 'v'"),
         ("dpmpp-3m-sde", {"weights": "exakt"}, "unknown weights 'exakt'; did you mean 'exact'"),
         ("dpmpp-sde", {"r1": 0.0}, r"r1 must lie in \(0, 1\], got 0"),
         ("dpmpp-2s", {"r1": 1.5}, r"r1 must lie in \(0, 1\], got 1.5"),

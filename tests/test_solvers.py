@@ -413,6 +413,13 @@ def test_order_with_other_inner_points(problems, name, options, order, solver_ty
     )
 
 
+def test_lower_order_final_has_one_default_and_one_exception():
+    defaults = {s.name: s.options["lower_order_final"] for s in list_samplers() if "lower_order_final" in s.options}
+    keep = {name for name in defaults if name.rpartition("-")[0] in ("lms", "ipndm", "ipndm-v")}
+    assert len(keep) == 12
+    assert all(value is False if name in keep else value == 15 for name, value in defaults.items())
+
+
 @pytest.mark.parametrize(
     ("lower_order_final", "steps", "last"),
     [(True, 20, 1), (False, 5, 2), (15, 14, 1), (15, 15, 2), (0, 5, 2), (6, 5, 1)],

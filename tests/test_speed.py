@@ -51,8 +51,32 @@ def test_both_sides_do_the_same_work(method):
 CALLS_DIFFER = {"dpmpp-2s", "dpmpp-3s"}
 
 
-def test_bandwidth_is_positive_and_finite():
-    assert 0 < speed.copy_bandwidth(torch.ones(4, 8), 3, seconds=0.0) < 1e9
+def test_what_known_plans_cycle_over():
+    def held(name, steps=10):
+        return speed.held(speed._program(make_plan(name, speed.SCHEDULE, steps=steps, grid="uniform")))
+
+    assert held("ddim") == (1, 2)  # an output and the state
+    assert held("ddpm") == (1, 3)  # and a noise
+    assert held("heun") == (2, 3)
+    assert held("lms-4") == (4, 5)
+    assert held("dpmpp-2m") == (1, 4)  # the state, two conversions and the output
+
+
+@pytest.mark.parametrize("method", speed.METHODS, ids=lambda m: m.sampler)
+def test_the_null_network_repeats_no_output_that_is_alive(method):
+    """Were two of them one tensor, the executor would take it for a network that writes over its output, and copy."""
+    plan = make_plan(method.sampler, speed.SCHEDULE, steps=speed.STEPS, grid="linspace", **method.options)
+    program = speed._program(plan)
+    alive, registers = speed.held(program)
+    assert program.registers - 1 <= registers <= program.registers  # but for one copy
+    kept = any(getattr(step, "kept", False) for step in program.code)
+    assert alive >= 1 + kept
+
+
+def test_plans_of_as_many_buffers_have_one_floor():
+    rows = list(speed.measure([m for m in speed.METHODS if m.sampler in ("ddim", "euler")], ((2, 3),), seconds=0.0))
+    assert [row.registers for row in rows] == [2, 2]
+    assert rows[0].floor == rows[1].floor
 
 
 @pytest.mark.slow

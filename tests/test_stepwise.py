@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from samplers import list_samplers, make_plan, run_plan
-from samplers.execute import seeded_noise
+from samplers.noise import SeededNoise
 from samplers.stepwise import Stepwise
 
 X = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -18,7 +18,7 @@ X = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_se
 def test_it_computes_what_the_executor_does(schedule, exact, name) -> None:
     model = exact(schedule, "v")
     plan = make_plan(name, schedule, steps=5)
-    noise = seeded_noise(0, torch.arange(3))
+    noise = SeededNoise(0, torch.arange(3))
     walk = Stepwise(plan)
     assert walk.starts_at_once
     x = walk.start(X, noise)

@@ -90,8 +90,21 @@ def cfg_plus_plus(
     require_model("model", model)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"scale must be a positive number, in (0, 1] as a rule, got {scale!r}")
-    times = grid.times if isinstance(grid, Plan) else from_timesteps(model.schedule, grid).t
-    return classifier_free(model, StepScale.on(model.schedule, times, scale), null, batched=batched)
+    return classifier_free(
+        model, StepScale.on(model.schedule, _times(model.schedule, grid), scale), null, batched=batched
+    )
+
+
+def _times(schedule: Schedule, grid: Plan | Nodes) -> Sequence[float] | np.ndarray:
+    """The times of a grid, which was given by that name."""
+    if isinstance(grid, Plan):
+        return grid.times
+    if grid is None or isinstance(grid, str):
+        raise TypeError(f"grid must be a plan, as of make_plan, or decreasing times, got {grid!r}")
+    try:
+        return from_timesteps(schedule, grid).t
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"grid must be a plan, as of make_plan, or decreasing times: {error}") from error
 
 
 @dataclass(frozen=True)

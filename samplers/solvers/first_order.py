@@ -31,6 +31,11 @@ def ddpm(grid: Grid, *, variance: str = "fixed_small") -> Plan:
         grid: the nodes.
         variance: "fixed_small", that of the posterior given x0, or "fixed_large", that of the forward step.
     """
+    if variance == "learned":
+        raise ValueError(
+            "variance of a plan must be a number at each step, 'fixed_small' or 'fixed_large', got 'learned', which is what the "
+            "network says: call samplers.adapters.variance.sample_learned_variance"
+        )
     if variance not in ("fixed_small", "fixed_large"):
         raise unknown("variance", variance, ("fixed_small", "fixed_large"))
     p = Draft(grid, "eps")

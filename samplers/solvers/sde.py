@@ -1,4 +1,4 @@
-"""Exponential integrators of the reverse SDEs in lam: DPM-Solver++ (SDE, 2M SDE, 3M SDE) and SEEDS.
+"""Exponential integrators of the reverse SDEs in lam: DPM-Solver(++) (SDE, 2M SDE, 3M SDE) and SEEDS.
 
 The reverse SDEs `dy = (1 + eta) eps d sigma_bar + sqrt(2 eta sigma_bar |d sigma_bar|) z` of `y = x / alpha` have the marginals of
 the forward process at any eta >= 0; 0 is the probability-flow ODE, 1 the time reversal of the forward process. Over a step of
@@ -111,25 +111,28 @@ def dpmpp_sde(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0, r1: float =
 def dpmpp_2m_sde(
     grid: Grid,
     *,
+    predict: str = "x0",
     solver_type: str = "midpoint",
     eta: float = 1.0,
     s_noise: float = 1.0,
     lower_order_final: bool | int = 15,
 ) -> Plan:
-    """DPM-Solver++(2M) SDE: the slope comes from the step before, one call a step.
+    """SDE-DPM-Solver++(2M), and in epsilon SDE-DPM-Solver-2M: the slope comes from the step before, one call a step.
 
-    Lu et al. 2022, arXiv:2211.01095, SDE-DPM-Solver++(2M), which is eta = 1; k-diffusion's `sample_dpmpp_2m_sde`. eta = 0 is
-    DPM-Solver++(2M). On Gaussian data the mean given the start and the variance converge with order 2, single paths with
-    order 1 (strong order).
+    Lu et al. 2022, arXiv:2211.01095, section on SDE solvers, with eta = 1; k-diffusion's `sample_dpmpp_2m_sde` in x0. eta = 0
+    is DPM-Solver++(2M) in x0 and DPM-Solver-2M in epsilon. On Gaussian data the mean given the start and the variance converge
+    with order 2, single paths with order 1 (strong order). A first-order step is `seeds` with `order=1`.
 
     Args:
         grid: the nodes.
+        predict: "x0", or "eps", the paper's SDE-DPM-Solver.
         solver_type: "midpoint", `psi_1 / 2` on the difference; "heun" or "taylor" (the same), `psi_2`.
         eta: amount of noise, at least 0; 1 is the time reversal of the forward process.
         s_noise: factor on the noise's standard deviation, at least 0.
         lower_order_final: as in `exponential_multistep.multistep`; k-diffusion does not lower.
     """
-    p, rows = _rows(grid, 2, eta, s_noise, lower_order_final)
+    check_predict(predict)
+    p, rows = _rows(grid, predict, 2, eta, s_noise, lower_order_final)
     return _multistep(p, rows, published_weights(rows, solver_type, "exact"), eta, s_noise)
 
 
@@ -153,7 +156,7 @@ def dpmpp_3m_sde(
         weights: of the third-order steps: "published", or "exact", with the factor 2.
         eta, s_noise, lower_order_final: as in `dpmpp_2m_sde`.
     """
-    p, rows = _rows(grid, 3, eta, s_noise, lower_order_final)
+    p, rows = _rows(grid, "x0", 3, eta, s_noise, lower_order_final)
     return _multistep(p, rows, published_weights(rows, "heun", weights), eta, s_noise)
 
 
@@ -176,26 +179,34 @@ def _check_noise(eta: float, s_noise: float) -> None:
     check_amount("s_noise", s_noise)
 
 
-def _rows(grid: Grid, order: int, eta: float, s_noise: float, lower_order_final: bool | int) -> tuple[Draft, Rows]:
-    """The steps of a multistep method, with the z of the SDE."""
+def _rows(
+    grid: Grid, predict: str, order: int, eta: float, s_noise: float, lower_order_final: bool | int
+) -> tuple[Draft, Rows]:
+    """The steps of a multistep method; in x0 with the z of the SDE, which in epsilon is that of the ODE."""
     _check_noise(eta, s_noise)
-    p = Draft(grid, "x0")
+    p = Draft(grid, predict)
     rows = Rows(p, order, lower_order_final)
-    rows.z = (1.0 + eta) * rows.z
+    if predict == "x0":
+        rows.z = (1.0 + eta) * rows.z
     return p, rows
 
 
 def _multistep(p: Draft, rows: Rows, weights: np.ndarray, eta: float, s_noise: float) -> Plan:
     """The plan whose steps take the last outputs, newest first, by these weights."""
-    h, after = -rows.z / (1.0 + eta), slice(p.steps.start + 1, None)
+    after, before = slice(p.steps.start + 1, None), slice(p.steps.start, -1)
     alpha, sigma = p.grid.alpha[after], p.grid.sigma[after]
-    states = (sigma / p.grid.sigma[p.steps.start : -1] * np.exp(-eta * h)).tolist()
-    stds = (s_noise * sigma * np.sqrt(-np.expm1(-2.0 * eta * h))).tolist()
+    if p.prediction == "eps":
+        h, state, scale = rows.z, alpha / p.grid.alpha[before], (1.0 + eta) * sigma
+    else:
+        h = -rows.z / (1.0 + eta)
+        state, scale = sigma / p.grid.sigma[before] * np.exp(-eta * h), alpha
+    stds = s_noise * sigma * _increment(p.prediction, eta, h, 0.0, 1.0, 1.0)
+    columns = state.tolist(), (-scale[:, None] * weights).tolist(), stds.tolist()
     x, outs = p.x, list[str]()
-    for i, state, row, std in zip(p.steps, states, (-alpha[:, None] * weights).tolist(), stds, strict=True):
+    for i, c, row, std in zip(p.steps, *columns, strict=True):
         outs = [p.evaluate(x, i), *outs][: len(row)]
         if p.sigma[i + 1] == 0:
             x = p.first_order(i, x, outs[0])
         else:
-            x = p.combine(i + 1, (x, state), *zip(outs, row, strict=False), (p.noise(), std))
+            x = p.combine(i + 1, (x, c), *zip(outs, row, strict=False), (p.noise(), std))
     return p.plan()

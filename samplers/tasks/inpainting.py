@@ -12,7 +12,7 @@ from samplers.job import Result
 from samplers.model import EpsModel, Scalar
 from samplers.tasks.conditional import Corrected, Predict
 from samplers.tasks.resampling import prepare_resampled
-from samplers.tasks.states import check_beside, check_tensor, noised
+from samplers.tasks.states import broadcasts, check_beside, check_tensor, noised
 
 
 def with_known(model: EpsModel, image: Tensor, mask: Tensor) -> EpsModel:
@@ -149,11 +149,7 @@ def checked_mask(mask: Tensor, image: Tensor) -> Tensor:
     check_beside("mask", mask, "image", image)
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise TypeError(f"mask must be of bool or floating-point numbers in [0, 1], got {mask.dtype}")
-    try:
-        fits = torch.broadcast_shapes(mask.shape, image.shape) == image.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if not broadcasts(mask.shape, image.shape):
         raise ValueError(
             f"mask must be of the size of image, {tuple(image.shape)}, or broadcast against it, got {tuple(mask.shape)}"
         )

@@ -96,10 +96,10 @@ def dps(
         ValueError, TypeError: as `ddnm`; scale out of range.
     """
     _check_noise(noise)
-    gain = float(getattr(operator, "gain", 1.0))
 
     def pull(x0: Tensor, spread: Scalar) -> Tensor:
         residual = _residual(operator, y, x0)
+        gain = float(getattr(operator, "gain", 1.0))
         return -0.5 * residual.square() / per_sample(noise**2 + gain * spread, residual)
 
     return _guided(model, pull, scale)

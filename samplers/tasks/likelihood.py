@@ -23,7 +23,7 @@ from samplers.noise import check_seed, standard_normal
 from samplers.tasks.states import check_tensor
 
 LogDensity = Callable[[Tensor], Tensor]
-PROBES = ("rademacher", "gaussian")
+PROBES = ("rademacher", "gaussian", "hadamard")
 PIXEL_SCALE = 127.5  # from 256 levels to [-1, 1]
 
 
@@ -33,8 +33,8 @@ class Likelihood:
 
     Attributes:
         log_p: (B,) float64, in nats.
-        error: (B,) float64: standard error of log_p over the probes of the estimate; 0 where the divergence is exact, NaN where
-            there is one probe.
+        error: (B,) float64: standard error of log_p over the probes of the estimate; 0 where the divergence is exact, which it
+            also is with a complete set of probes, NaN where there is one probe.
         x_T: (B, ...) the samples' noise, at t_max.
         nfe: network calls, each with a backward pass for every probe, or for every number of a sample.
     """
@@ -111,13 +111,22 @@ def log_likelihood(
     With `y = x / sqrt(alpha^2 + sigma^2)` and `theta = atan(sigma / alpha)` as in `samplers.adaptive`, `d log p / d theta` along
     the path is `-trace(dv / dx)`. Hutchinson's estimator replaces the trace by `e^T (dv / dx) e` with probes e of mean 0 and
     covariance I, each kept along the whole path, so that the estimate of log p is unbiased but for the integrator's tolerance.
+    With A the integral of dv / dx along the path, made symmetric, and |A|^2 the sum of its squared entries, the estimate of n
+    probes has the variance
+
+    - "gaussian": `2 |A|^2 / n` (Avron & Toledo 2011, doi:10.1145/1944345.1944349);
+    - "rademacher": `2 |A - diag A|^2 / n`, the least of probes with independent entries (Hutchinson 1990);
+    - "hadamard": that of "rademacher" times `(N - n) / (N - 1)`, N the least power of 2 that is at least D, and so none with
+      n = N probes. They are different rows of the Hadamard matrix of size N, cut to D columns with a random sign for each: a
+      draw without replacement from N numbers whose mean is the trace. With replacement they are the mixed unit vectors of
+      Avron & Toledo; unsigned and in order, the Hadamard vectors of Bekas et al. 2007, doi:10.1016/j.apnum.2007.01.003.
 
     Args:
         model: the epsilon-model, whose network torch can differentiate.
         x: (B, ...) states at t_min, that is, samples with as little noise as the model knows.
         divergence: "estimate" (Hutchinson) or "exact", which takes a backward pass for every number of a sample.
-        probes: of the estimate, at least 1; the result says the standard error over them.
-        kind: "rademacher" (+1 or -1, of least variance) or "gaussian".
+        probes: of the estimate, at least 1, and at most N of kind "hadamard"; the result says the standard error over them.
+        kind: "rademacher" (+1 or -1), "gaussian", or "hadamard" (+1 or -1, orthogonal if D is a power of 2).
         prior: log-density (B,) of states at t_max; None: that of N(0, sigma_T^2 I), the start noise of sampling. The model's own
             density there differs from it by what is left of the data: about `(alpha_T / sigma_T)^2` for centred data.
         t_min, t_max: in the schedule's time; None: the schedule's.
@@ -147,7 +156,8 @@ def log_likelihood(
     x_T, change = _to_noise(flow, wide, grid, method, rtol, atol)
     at_noise = _normal(x_T, float(grid.sigma[0])) if prior is None else prior(x_T).double()
     each = at_noise[:, None] + change
-    return Likelihood(each.mean(1), _error(each, flow.exact), x_T.to(x.dtype), network.calls)
+    complete = 1 if flow.exact else _rows(wide) if kind == "hadamard" else math.inf
+    return Likelihood(each.mean(1), _error(each, complete), x_T.to(x.dtype), network.calls)
 
 
 def _to_noise(flow: _Flow, x: Tensor, grid: Grid, method: str, rtol: float, atol: float) -> tuple[Tensor, Tensor]:
@@ -163,12 +173,14 @@ def _to_noise(flow: _Flow, x: Tensor, grid: Grid, method: str, rtol: float, atol
     return (end[:, :dimension] * norm_T).view(x.shape), change
 
 
-def _error(each: Tensor, exact: bool) -> Tensor:
-    """Standard error (B,) of the mean of estimates (B, probes)."""
-    if exact:
-        return torch.zeros_like(each[:, 0])
+def _error(each: Tensor, complete: float) -> Tensor:
+    """Standard error (B,) of the mean of estimates (B, probes), drawn without replacement from `complete` many."""
     count = each.shape[1]
-    return each.std(1) / math.sqrt(count) if count > 1 else torch.full_like(each[:, 0], math.nan)
+    if count == complete:
+        return torch.zeros_like(each[:, 0])
+    if count == 1:
+        return torch.full_like(each[:, 0], math.nan)
+    return each.std(1) * math.sqrt((1.0 - count / complete) / count)
 
 
 class _Flow:
@@ -217,8 +229,41 @@ def _probes(x: Tensor, probes: int, kind: str, seed: int, indices: Tensor | None
         raise ValueError(f"probes must be a whole number, at least 1, got {probes!r}")
     check_seed(seed)
     rows = sample_indices(indices, len(x))
+    if kind == "hadamard":
+        return _hadamard(x, probes, seed, rows)
     drawn = (standard_normal(seed, rows, k, (x[0].numel(),), x.dtype, x.device) for k in range(probes))
-    return [torch.where(z < 0, -1.0, 1.0).to(x.dtype) if kind == "rademacher" else z for z in drawn]
+    return [_signs(z) if kind == "rademacher" else z for z in drawn]
+
+
+def _hadamard(x: Tensor, probes: int, seed: int, indices: Tensor) -> list[Tensor]:
+    """Rows of a Hadamard matrix, another choice of them for each sample, with random signs of the columns, (B, D) each."""
+    complete = _rows(x)
+    if probes > complete:
+        raise ValueError(
+            f"probes must be at most {complete} of kind 'hadamard' in {x[0].numel()} dimensions, where the estimate is exact, "
+            f"got {probes}"
+        )
+    signs = _signs(standard_normal(seed, indices, 0, (x[0].numel(),), x.dtype, x.device))
+    chosen = standard_normal(seed, indices, 1, (complete,), torch.float64, x.device).argsort(1)[:, :probes]
+    columns = torch.arange(x[0].numel(), device=x.device)
+    return [torch.where(_odd(row[:, None] & columns), -signs, signs) for row in chosen.unbind(1)]
+
+
+def _signs(z: Tensor) -> Tensor:
+    """+1 or -1, as the numbers of a symmetric distribution."""
+    return torch.where(z < 0, -1.0, 1.0).to(z.dtype)
+
+
+def _rows(x: Tensor) -> int:
+    """Rows of the Hadamard matrix for samples of x's size, the next power of 2."""
+    return 1 << (x[0].numel() - 1).bit_length()
+
+
+def _odd(numbers: Tensor) -> Tensor:
+    """Whether an odd number of the binary digits of an int64 are 1."""
+    for shift in (32, 16, 8, 4, 2, 1):
+        numbers = numbers ^ (numbers >> shift)
+    return (numbers & 1).bool()
 
 
 def _units(x: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from samplers.model import Scalar
-from samplers.tasks.states import per_sample
+from samplers.tasks.states import broadcasts, check_beside, per_sample
 
 _RCOND = 1e-4  # singular values below this share of the largest are taken for zero
 
@@ -26,7 +26,11 @@ class Operator(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """A x."""
+        """A x.
+
+        Raises:
+            ValueError: x of a shape that the operator does not take, or on another device than what it is made of.
+        """
 
     @abstractmethod
     def pinv(self, y: Tensor, ridge: Scalar = 0.0) -> Tensor:
@@ -37,7 +41,7 @@ class Operator(ABC):
             ridge: at least 0; a tensor has one for each sample.
 
         Raises:
-            ValueError: y of a shape that no x has.
+            ValueError: y of a shape that no x has, or on another device than what the operator is made of.
         """
 
     @property
@@ -57,12 +61,18 @@ class Mask(Operator):
     known: Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.known, Tensor) or not ((self.known == 0) | (self.known == 1)).all():
+        of_bits = isinstance(self.known, Tensor) and (
+            self.known.is_meta or ((self.known == 0) | (self.known == 1)).all()
+        )
+        if not of_bits:
             raise ValueError("known must be a tensor of bool, or of 0 and 1")
 
     def __call__(self, x: Tensor) -> Tensor:
         """The known numbers, zeros elsewhere."""
-        return x * self.known.to(x)
+        known = _like("known", self.known, x)
+        if not broadcasts(known.shape, x.shape):
+            raise ValueError(f"known must broadcast against the samples, {tuple(x.shape)}, got {tuple(known.shape)}")
+        return x * known
 
     def pinv(self, y: Tensor, ridge: Scalar = 0.0) -> Tensor:
         """`known * y / (1 + ridge)`, as `A A^T` is the identity on what is known."""
@@ -147,7 +157,7 @@ class Blur(Operator):
     Frequencies that the kernel leaves less than 1e-4 of the strongest of are lost to the pseudo-inverse.
 
     Attributes:
-        kernel: (h, w), both odd and at most the image's sides.
+        kernel: (h, w), both odd and at most the image's sides; on the device of the images, or on the CPU.
     """
 
     kernel: Tensor
@@ -158,7 +168,8 @@ class Blur(Operator):
             raise ValueError(
                 f"kernel must be a tensor (h, w) with odd sides, got {self.kernel if shape is None else tuple(shape)}"
             )
-        if not self.kernel.is_floating_point() or not torch.isfinite(self.kernel).all() or not self.kernel.any():
+        empty = not self.kernel.is_meta and not (torch.isfinite(self.kernel).all() and self.kernel.any())
+        if not self.kernel.is_floating_point() or empty:
             raise ValueError("kernel must be of finite floating-point numbers, not all 0")
 
     @classmethod
@@ -189,7 +200,7 @@ class Blur(Operator):
         total = power + per_sample(ridge, y)
         return self._filtered(y, torch.where(kept, response.conj() / total, torch.zeros_like(response)))
 
-    @property
+    @cached_property
     def gain(self) -> float:
         """Mean of `|H|^2`, which is the sum of the kernel's squares."""
         return float(self.kernel.double().square().sum())  # Parseval
@@ -200,7 +211,10 @@ class Blur(Operator):
         (h, w), (height, width) = self.kernel.shape, like.shape[2:]
         if h > height or w > width:
             raise ValueError(f"kernel {(h, w)} must fit into the image, of {(height, width)} pixels")
-        canvas = torch.nn.functional.pad(self.kernel.to(like), (0, width - w, 0, height - h))
+        kernel = self.kernel
+        if kernel.device.type == "cpu":  # where `gaussian` makes it
+            kernel = kernel.to(like)
+        canvas = torch.nn.functional.pad(_like("kernel", kernel, like), (0, width - w, 0, height - h))
         return torch.fft.rfft2(canvas.roll((-(h // 2), -(w // 2)), (0, 1)))
 
     @staticmethod
@@ -231,16 +245,19 @@ class Matrix(Operator):
 
     def __call__(self, x: Tensor) -> Tensor:
         """`matrix x`, (B, m)."""
-        return x.flatten(1) @ self.matrix.to(x).mT
+        if x.shape[1:] != tuple(self.shape):
+            raise ValueError(f"x must be (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        return x.flatten(1) @ _like("matrix", self.matrix, x).mT
 
     def pinv(self, y: Tensor, ridge: Scalar = 0.0) -> Tensor:
         """By the singular value decomposition, made once."""
         if y.ndim != 2 or y.shape[1] != len(self.matrix):
             raise ValueError(f"y must be (B, {len(self.matrix)}), got {tuple(y.shape)}")
+        check_beside("matrix", self.matrix, "the samples", y)
         left, singular, right = (part.to(y) for part in self._svd)
         return ((y @ left) * (singular / (singular**2 + per_sample(ridge, y))) @ right).view(len(y), *self.shape)
 
-    @property
+    @cached_property
     def gain(self) -> float:
         """`|matrix|^2 / m`."""
         return float(self.matrix.double().square().sum()) / len(self.matrix)
@@ -250,6 +267,12 @@ class Matrix(Operator):
         left, singular, right = torch.linalg.svd(self.matrix.double(), full_matrices=False)
         kept = singular > _RCOND * singular.max()
         return left[:, kept], singular[kept], right[kept]
+
+
+def _like(name: str, part: Tensor, samples: Tensor) -> Tensor:
+    """A tensor of an operator in the dtype of the samples, whose device it must be on."""
+    check_beside(name, part, "the samples", samples)
+    return part.to(samples)
 
 
 def _check_whole(name: str, value: int) -> None:

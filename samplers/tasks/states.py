@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from samplers.execute import check_start
@@ -22,6 +25,14 @@ def check_beside(name: str, value: Tensor, other: str, beside: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.device != beside.device:
         raise ValueError(f"{name} is on {value.device}, {other} on {beside.device}; move one of them")
+
+
+def broadcasts(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether a tensor of a shape broadcasts against one of another, which keeps its shape."""
+    try:
+        return torch.broadcast_shapes(tuple(shape), tuple(other)) == tuple(other)
+    except RuntimeError:
+        return False
 
 
 def noised(grid: Grid, x0: Tensor, noise: Tensor, node: int = 0) -> Tensor:
