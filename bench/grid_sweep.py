@@ -1,13 +1,16 @@
-"""Which grid suits which sampler: errors on Gaussian mixtures against the converged solution, `python -m bench.grid_sweep`.
+"""Which grid suits which sampler: errors on Gaussian mixtures, or on the shipped MNIST model, `python -m bench.grid_sweep`.
 
-Every deterministic sampler on every named grid at every budget, in float64, on the exact model, so that the error is the
-sampler's and the grid's alone. A grid keeps its own end: where that is clean data, so is the solution it is compared with.
+Every deterministic sampler on every named grid at every budget, against the converged solution; on mixtures in float64 on the
+exact model, so that the error is the sampler's and the grid's alone. A grid keeps its own end: where that is clean data, so is
+the solution it is compared with. Stochastic samplers have no such solution: they are judged by the Frechet distance of their
+samples, on mixtures from the exact moments and on MNIST from the reference statistics.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +23,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from bench.judge import digit_judge
+from bench.metrics import Moments, frechet_distance, gaussian_frechet
 from bench.mixture import GaussianMixture
 from bench.provenance import machine
 from bench.store import write_text
@@ -33,13 +38,14 @@ SCHEDULES: dict[str, Schedule] = {s.name: s for s in (schedules.vp_linear(), sch
 CELL = ["schedule", "dim", "nfe"]
 _OUT = Path("results/grids")
 _TOLERANCE = 1e-10
+_RMSE = "RMSE to the converged solution"
 
 
 class Trajectories:
     """Start noise and the ends of its trajectories on a model, on which a plan's error is measured.
 
-    Subclasses give `schedule`, `dim` (a label), `model`, `noise`, `cond`, and `solution`: the ends at t_min (False) and at clean
-    data (True).
+    Subclasses give `schedule`, `dim` (a label), `model`, `noise`, `cond`, `solution`: the ends at t_min (False) and at clean
+    data (True), and `distance_of`: of samples from the data's distribution.
     """
 
     schedule: Schedule
@@ -53,14 +59,25 @@ class Trajectories:
     def _errors(self) -> dict[Plan, float]:
         return {}
 
-    def rmse(self, plan: Plan) -> float:
-        """Root mean square error of a plan's samples; inf where they are not finite. Samplers of one plan share a run."""
+    def error(self, plan: Plan) -> float:
+        """Of a plan's samples, inf where they are not finite: root mean square error, or of a stochastic plan the distance.
+
+        Samplers of one plan share a run.
+        """
         if plan not in self._errors:
             x = run_plan(plan, self.model, plan.sigma_T * self.noise, cond=self.cond, check=False)
-            target = self.solution[plan.times[-1] == self.schedule.t_zero]
-            error = float((x - target).square().mean().sqrt())
-            self._errors[plan] = error if math.isfinite(error) else math.inf
+            if not x.isfinite().all():
+                self._errors[plan] = math.inf
+            elif plan.stochastic:
+                self._errors[plan] = self.distance_of(x)
+            else:
+                target = self.solution[plan.times[-1] == self.schedule.t_zero]
+                self._errors[plan] = float((x - target).square().mean().sqrt())
         return self._errors[plan]
+
+    def distance_of(self, samples: Tensor) -> float:
+        """Frechet distance of samples from the distribution of the data."""
+        raise NotImplementedError
 
 
 class Digits(Trajectories):
@@ -87,6 +104,11 @@ class Digits(Trajectories):
         x = run_plan(plan, self.model, plan.sigma_T * self.noise, cond=self.cond)
         with torch.no_grad():
             return {False: x, True: self.model.x0(x, self.schedule.t_min, **(self.cond or {}))}
+
+    def distance_of(self, samples: Tensor) -> float:
+        """On the features of the shipped classifier, from the training set's statistics."""
+        judge = digit_judge("cpu")
+        return frechet_distance(Moments.of(judge.features(samples)), judge.reference)
 
 
 @dataclass
@@ -138,11 +160,18 @@ class Problem(Trajectories):
         )
         return {False: float(self.schedule.alpha(self.schedule.t_min)) * at_end, True: clean}
 
+    def distance_of(self, samples: Tensor) -> float:
+        """From the mixture's exact mean and covariance."""
+        return gaussian_frechet(self.mixture, samples)
 
-def deterministic_samplers() -> list[str]:
-    """Every sampler whose plan uses no noise by default, error-controlled ones left out."""
-    fixed = [s.name for s in list_samplers() if not s.adaptive]
-    return [name for name in fixed if not make_plan(name, SCHEDULES["vp_linear"], steps=20).stochastic]
+
+def fixed_samplers(stochastic: bool = False) -> list[str]:
+    """Every sampler whose plan uses no noise by default, or every one whose plan does.
+
+    Error-controlled samplers have no plan, and consistency sampling is for models that were trained for it.
+    """
+    fixed = [s.name for s in list_samplers() if not s.adaptive and s.name != "consistency"]
+    return [name for name in fixed if make_plan(name, SCHEDULES["vp_linear"], steps=20).stochastic == stochastic]
 
 
 def sweep(
@@ -167,7 +196,7 @@ def _rows(
                     except ValueError:
                         continue
                     row = {"sampler": sampler, "grid": grid, "schedule": problem.schedule.name, "dim": problem.dim}
-                    yield {**row, "nfe": nfe, "calls": plan.nfe, "steps": plan.steps, "rmse": problem.rmse(plan)}
+                    yield {**row, "nfe": nfe, "calls": plan.nfe, "steps": plan.steps, "error": problem.error(plan)}
 
 
 def ratios(rows: pd.DataFrame) -> pd.DataFrame:
@@ -175,20 +204,20 @@ def ratios(rows: pd.DataFrame) -> pd.DataFrame:
 
     A grid that has no row in some cell of a sampler has no mean there.
     """
-    best = rows.groupby(["sampler", *CELL])["rmse"].transform("min")
-    logs = rows.assign(ratio=np.log(rows["rmse"] / best))
+    best = rows.groupby(["sampler", *CELL])["error"].transform("min")
+    logs = rows.assign(ratio=np.log(rows["error"] / best))
     table = logs.pivot_table(index="sampler", columns="grid", values="ratio", aggfunc="mean", sort=False)
-    count = rows.pivot_table(index="sampler", columns="grid", values="rmse", aggfunc="size", sort=False)
+    count = rows.pivot_table(index="sampler", columns="grid", values="error", aggfunc="size", sort=False)
     return np.exp(table.where(count.eq(count.max(axis=1), axis=0)))
 
 
-def markdown(rows: pd.DataFrame, title: str = "Grids on Gaussian mixtures") -> str:
+def markdown(rows: pd.DataFrame, title: str = "Grids on Gaussian mixtures", measure: str = _RMSE) -> str:
     """The best grid of each sampler, how far the recommended one is from it, and the whole table of ratios."""
     table, budgets = ratios(rows), sorted(rows["nfe"].unique())
     lines = [
         f"# {title}",
         "",
-        f"RMSE to the converged solution; schedules {_listed(rows['schedule'])}; dimensions "
+        f"{measure}; schedules {_listed(rows['schedule'])}; dimensions "
         f"{_listed(rows['dim'])}; NFE {_listed(rows['nfe'])}. A ratio is the geometric mean, over schedules, dimensions and "
         "budgets, of the error on a grid over the sampler's smallest error on any grid: 1 is best everywhere.",
         "",
@@ -230,44 +259,56 @@ def _chosen(option: str, text: str | None, known: Sequence[str]) -> list[str]:
 
 
 @click.command()
-@click.option("--samplers", help="Names separated by commas; by default every deterministic one.")
+@click.option("--samplers", help="Names separated by commas; by default every deterministic one, or stochastic one.")
+@click.option("--stochastic", is_flag=True, help="Stochastic samplers, by the distance of their samples from the data.")
 @click.option("--grids", help="Names separated by commas; by default all.")
 @click.option("--schedules", "on", help=f"Names separated by commas, of {', '.join(SCHEDULES)}; by default all.")
 @click.option("--nfe", multiple=True, type=click.IntRange(min=1), default=(5, 8, 10, 20), show_default=True)
 @click.option("--dim", multiple=True, type=click.IntRange(min=1), default=(2, 16), show_default=True)
 @click.option(
-    "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="Trajectories of each problem."
+    "--samples",
+    type=click.IntRange(min=2),
+    help="Trajectories of each problem; by default 64, and 1024 for a distance.",
 )
 @click.option(
     "--model", type=click.Choice(["gmm", "mnist"]), default="gmm", show_default=True, help="mnist has its own schedule."
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=_OUT, show_default=True, help="Folder of MODEL.csv and MODEL.md."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=_OUT,
+    show_default=True,
+    help="Folder of MODEL.csv and MODEL.md, or of MODEL-stochastic.csv and .md.",
 )
 def main(
     samplers: str | None,
+    stochastic: bool,
     grids: str | None,
     on: str | None,
     nfe: tuple[int, ...],
     dim: tuple[int, ...],
-    samples: int,
+    samples: int | None,
     model: str,
     out: Path,
 ) -> None:
     """Measure samplers on grids; write a CSV with a row for each cell, and the best grid of each sampler as Markdown."""
+    began = time.process_time()
+    samples = samples or (1024 if stochastic else 64)
     problems: list[Trajectories] = [Digits(samples)]
     if model == "gmm":
         problems = [Problem(SCHEDULES[s], d, samples) for s in _chosen("schedule", on, list(SCHEDULES)) for d in dim]
-    names = _chosen("sampler", samplers, deterministic_samplers())
+    names = _chosen("sampler", samplers, fixed_samplers(stochastic))
     rows = sweep(names, _chosen("grid", grids, list(GRIDS)), nfe, problems)
     if rows.empty:
         raise click.UsageError("no sampler, grid and budget of these go together")
     title = "Grids on Gaussian mixtures" if model == "gmm" else "Grids on the shipped MNIST model"
-    write_text(out / f"{model}.csv", rows.to_csv(index=False, float_format="%.6g"))
-    write_text(out / f"{model}.md", markdown(rows, title))
-    made = {"samples": samples, **machine("cpu")}
-    write_text(out / f"{model}.provenance.json", json.dumps(made, indent=1) + "\n")
-    click.echo(f"{len(rows)} cells: {out / f'{model}.csv'}, {out / f'{model}.md'}")
+    measure = f"Frechet distance of {samples} samples from the data" if stochastic else _RMSE
+    name = f"{model}-stochastic" if stochastic else model
+    write_text(out / f"{name}.csv", rows.to_csv(index=False, float_format="%.6g"))
+    write_text(out / f"{name}.md", markdown(rows, title, measure))
+    made = {"samples": samples, "measure": measure, **machine("cpu"), "cpu_seconds": round(time.process_time() - began)}
+    write_text(out / f"{name}.provenance.json", json.dumps(made, indent=1) + "\n")
+    click.echo(f"{len(rows)} cells: {out / f'{name}.csv'}, {out / f'{name}.md'}")
 
 
 if __name__ == "__main__":

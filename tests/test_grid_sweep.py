@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pandas as pd
@@ -9,8 +10,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bench.grid_sweep import SCHEDULES, Problem, deterministic_samplers, main, markdown, ratios, sweep
-from samplers import EpsModel, make_plan, sample
+from bench.grid_sweep import SCHEDULES, Digits, Problem, fixed_samplers, main, markdown, ratios, sweep
+from bench.metrics import gaussian_frechet
+from samplers import EpsModel, make_plan, run_plan, sample
+from samplers.registry import get_sampler
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -25,15 +28,48 @@ def test_solutions_are_converged(name):
     # clean data: what is left from t_min on is the curvature of x0 over the last step, of second order in sigma_bar
     last = (problem.solution[True] - model.x0(problem.solution[False], schedule.t_min)).abs().max()
     assert 0 < last < 20 * schedule.sigma_bar(schedule.t_min) ** 2
-    errors = [problem.rmse(make_plan("dpmpp-2m", schedule, steps=n, grid="logsnr")) for n in (100, 400)]
+    errors = [problem.error(make_plan("dpmpp-2m", schedule, steps=n, grid="logsnr")) for n in (100, 400)]
     assert errors[1] < errors[0] / 10 < 1e-3
-    assert problem.rmse(make_plan("dpmpp-2m", schedule, steps=400, grid="logsnr", final="zero")) < 1e-3
+    assert problem.error(make_plan("dpmpp-2m", schedule, steps=400, grid="logsnr", final="zero")) < 1e-3
 
 
-def test_deterministic_samplers():
-    names = deterministic_samplers()
+def test_fixed_samplers():
+    names, noisy = fixed_samplers(), fixed_samplers(stochastic=True)
     assert {"ddim", "heun", "dpmpp-2m", "dpm-solver-3s"} <= set(names)
     assert not {"ddpm", "euler-ancestral", "rk45"} & set(names)
+    assert {"ddpm", "euler-ancestral", "dpmpp-2m-sde", "seeds", "restart"} <= set(noisy)
+    assert not {*names, "consistency", "rk45"} & set(noisy)
+
+
+def test_stochastic_samplers_are_judged_by_their_distance():
+    problem = Problem(SCHEDULES["vp_linear"], dim=2, samples=1000)
+    coarse, fine = (problem.error(make_plan("ddpm", problem.schedule, steps=n, grid="logsnr")) for n in (3, 100))
+    assert coarse > 10 * fine > 0
+    plan = make_plan("ddpm", problem.schedule, steps=3, grid="logsnr")
+    samples = run_plan(plan, problem.model, plan.sigma_T * problem.noise)
+    assert coarse == gaussian_frechet(problem.mixture, samples)
+
+
+def test_digits_are_judged_by_the_shipped_classifier():
+    problem = Digits(12)
+    plan = make_plan("ddpm", problem.schedule, steps=2)
+    assert 0 < problem.error(plan) < math.inf
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_why_leading_is_not_the_grid_of_pndm(name):
+    """Its error is less at 8 calls, from a start far below t_max; with one step it starts at t_min, from next to no noise."""
+    where = SCHEDULES[name]
+    assert get_sampler("pndm").grid == "karras"
+    leading = {nfe: make_plan("pndm", where, nfe=nfe, grid="leading") for nfe in (1, 8, 20)}
+    assert leading[1].times[0] == pytest.approx(where.t_min)
+    assert leading[8].times[0] < 0.6 * where.t_max
+    problem = Problem(where, dim=2, samples=16)
+    karras = {nfe: problem.error(make_plan("pndm", where, nfe=nfe)) for nfe in (8, 20)}
+    if name != "edm":
+        assert problem.error(leading[8]) < karras[8]
+    if name != "cosine":
+        assert problem.error(leading[20]) > karras[20]
 
 
 def test_rows():
@@ -44,12 +80,12 @@ def test_rows():
     assert ("heun", "uniform", 1) not in cells.index  # its step takes two calls
     assert cells.loc[("heun", "uniform", 4), "calls"] == 4
     assert cells.loc[("heun", "edm", 4), ["calls", "steps"]].tolist() == [3, 2]  # the last step takes one
-    assert cells.loc[("ddim", "edm", 4), "rmse"] == cells.loc[("dpm-solver-1", "edm", 4), "rmse"]
-    assert (rows["rmse"] > 0).all()
+    assert cells.loc[("ddim", "edm", 4), "error"] == cells.loc[("dpm-solver-1", "edm", 4), "error"]
+    assert (rows["error"] > 0).all()
 
 
-def cell(sampler, grid, nfe, rmse):
-    return {"sampler": sampler, "grid": grid, "schedule": "edm", "dim": 2, "nfe": nfe, "rmse": rmse}
+def cell(sampler, grid, nfe, error):
+    return {"sampler": sampler, "grid": grid, "schedule": "edm", "dim": 2, "nfe": nfe, "error": error}
 
 
 ROWS = pd.DataFrame(
@@ -94,6 +130,23 @@ def test_command(tmp_path):
     assert done.exit_code == 0, done.output
     assert len(pd.read_csv(tmp_path / "gmm.csv")) == 4
     assert "| ddim |" in (tmp_path / "gmm.md").read_text()
+    noisy = [
+        "--stochastic",
+        "--samplers",
+        "ddpm",
+        "--grids",
+        "uniform",
+        "--schedules",
+        "edm",
+        "--nfe",
+        "5",
+        "--dim",
+        "2",
+    ]
+    done = CliRunner().invoke(main, [*noisy, "--samples", "64", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "Frechet distance of 64 samples" in (tmp_path / "gmm-stochastic.md").read_text()
+    assert json.loads((tmp_path / "gmm-stochastic.provenance.json").read_text())["samples"] == 64
     wrong = CliRunner().invoke(main, ["--grids", "karas"])
     assert wrong.exit_code == 2
     assert "unknown grid 'karas'; did you mean 'karras'" in " ".join(wrong.output.replace("│", " ").split())

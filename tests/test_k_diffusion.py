@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import types
 from itertools import pairwise
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
+from bench.certify import k_diffusion
+from bench.certify.settings import text
 from samplers import EpsModel, list_samplers, make_plan, sample, schedules
 from samplers.adapters.k_diffusion import K_DIFFUSION, eps_model_from_denoiser, noise_spans, register, sampler_function
 
@@ -28,66 +33,82 @@ def denoiser(mixture):
     return model
 
 
-class Path:
-    """A Brownian path over sigma, drawn at every level that it is asked for; its increments have deviation 1."""
-
-    def __init__(self, levels, like):
-        known = sorted(set(levels))
-        generator = torch.Generator().manual_seed(5)
-        self.at, w, before = {}, torch.zeros_like(like), known[0]
-        for level in known:
-            w = w + math.sqrt(level - before) * torch.randn(like.shape, generator=generator, dtype=like.dtype)
-            self.at[level], before = w, level
-
-    def __call__(self, start, end):
-        a, b = (min(self.at, key=lambda level: abs(level - float(value))) for value in (start, end))
-        assert abs(a - float(start)) < 1e-9
-        assert abs(b - float(end)) < 1e-9
-        return (self.at[a] - self.at[b]) / math.sqrt(a - b)
-
-
-def path_for(sigmas, like):
-    positive = sigmas[sigmas > 0].tolist()
-    inner = [math.sqrt(a * b) for a, b in pairwise(positive)]
-    return Path([*positive, *inner, 0.0], like)
-
-
-CHURN = {"s_churn": 3.0, "s_tmin": 0.2, "s_tmax": 20.0, "s_noise": 1.01}
-SETTINGS = [
-    *((name, {}) for name in K_DIFFUSION),
-    ("sample_heun", CHURN),
-    ("sample_euler_ancestral", {"eta": 0.4, "s_noise": 1.1}),
-    ("sample_dpm_2_ancestral", {"eta": 0.6}),
-    ("sample_dpmpp_2s_ancestral", {"eta": 0.5}),
-    ("sample_dpmpp_sde", {"eta": 0.7}),
-    ("sample_dpmpp_2m_sde", {"eta": 0.5, "solver_type": "heun"}),
-]
-
-
 @pytest.mark.parity
-@pytest.mark.parametrize("last", ["zero", "positive"])
-@pytest.mark.parametrize(("name", "options"), SETTINGS)
-def test_it_gives_what_k_diffusion_gives(denoiser, name, options, last):
+@pytest.mark.parametrize("case", k_diffusion.cases(), ids=lambda c: f"{c.function}-{text(c.options)}-{c.last}")
+def test_it_gives_what_k_diffusion_gives(case):
     """Equal seeds, equal pictures; by SDE samplers on one Brownian path, which they share."""
-    theirs = getattr(pytest.importorskip("k_diffusion.sampling"), name)
-    sigmas = SIGMAS if last == "zero" else SIGMAS[:-1]
-    noise = {"noise_sampler": path_for(sigmas, X)} if "sde" in name else {}
-    told = [], []
-    torch.manual_seed(0)
-    expected = theirs(denoiser, X, sigmas, {"shift": 0.1}, told[0].append, True, **options, **noise)
-    after = torch.rand(1)
-    torch.manual_seed(0)
-    got = sampler_function(name)(denoiser, X, sigmas, {"shift": 0.1}, told[1].append, True, **options, **noise)
-    tolerance = (
-        1e-5 if name == "sample_lms" else 1e-11
-    )  # they integrate the polynomials of LMS numerically, in part to 1e-4
-    assert (got - expected).abs().max() < tolerance
-    if name not in ("sample_euler", "sample_heun", "sample_dpm_2"):  # those draw noise even where they use none
-        assert torch.equal(torch.rand(1), after)
+    if not k_diffusion.is_installed():
+        pytest.skip("pip install --no-deps k-diffusion")
+    told, after = ([], []), []
+    for name, kept in zip(("theirs", "ours"), told, strict=True):
+        function = sampler_function(case.function) if name == "ours" else getattr(k_diffusion.sampling(), case.function)
+        kept.append({"samples": k_diffusion.run(function, case, kept.append)})
+        after.append(torch.rand(1))
+    if case.function not in (
+        "sample_euler",
+        "sample_heun",
+        "sample_dpm_2",
+    ):  # those draw noise even where they use none
+        assert torch.equal(*after)
     for a, b in zip(*told, strict=True):
         assert a.keys() == b.keys()
         for key in a:
-            assert torch.allclose(torch.as_tensor(a[key]), torch.as_tensor(b[key]), atol=tolerance, rtol=0), key
+            assert torch.allclose(torch.as_tensor(a[key]), torch.as_tensor(b[key]), atol=1e-11, rtol=0), key
+    row = k_diffusion.compare(case)
+    assert (row["status"], tuple(row)) == ("pass", k_diffusion.COLUMNS)
+
+
+def test_its_sampling_is_imported_without_the_rest_of_the_package(tmp_path, monkeypatch):
+    """Whose training needs what is not there; and nothing of the stand-ins is left."""
+    package = tmp_path / "k_diffusion"
+    package.mkdir()
+    (package / "__init__.py").write_text("import this_needs_what_is_not_there")
+    (package / "utils.py").write_text("from torchvision.transforms import functional as TF\ndouble = lambda x: 2 * x\n")
+    (package / "sampling.py").write_text(
+        "import torchsde\nfrom . import utils\ndef sample_euler(x): return utils.double(x)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    assert k_diffusion.is_installed()
+    assert k_diffusion.sampling.__wrapped__().sample_euler(3) == 6
+    names = {name.partition(".")[0] for name in set(sys.modules) - before}
+    assert not names & {"k_diffusion", "torchsde", "torchvision"}
+
+
+def test_a_difference_is_a_row_that_fails(monkeypatch):
+    def faulty(*args, **options):
+        return sampler_function("euler")(*args, **options) + 1e-9
+
+    monkeypatch.setattr(k_diffusion, "sampling", lambda: types.SimpleNamespace(sample_euler=faulty))
+    monkeypatch.setattr(k_diffusion.importlib.metadata, "version", lambda name: "1.2.3")
+    row = k_diffusion.compare(k_diffusion.Case("sample_euler"))
+    assert (row["status"], row["k_diffusion"]) == ("fail", "1.2.3")
+    assert row["difference"] == pytest.approx(1e-9, rel=1e-4)
+
+
+def test_figures_are_kept_where_k_diffusion_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(k_diffusion.importlib.util, "find_spec", lambda name: None)
+    assert k_diffusion.cases({"euler", "edm"}) == []
+    assert len(k_diffusion.cases()) >= 2 * len(K_DIFFUSION)
+    with pytest.raises(ImportError, match="pip install --no-deps k-diffusion"):
+        k_diffusion.sampling.__wrapped__()
+    assert k_diffusion.kept(tmp_path / "none.csv") == []
+    row = dict.fromkeys(k_diffusion.COLUMNS, "") | {
+        "function": "sample_lms",
+        "difference": 1e-15,
+        "k_diffusion": "0.1.1",
+    }
+    pd.DataFrame([row]).to_csv(tmp_path / "k_diffusion.csv", index=False)
+    assert k_diffusion.kept(tmp_path / "k_diffusion.csv") == [row]
+
+
+def test_the_committed_figures_are_of_every_function():
+    rows = k_diffusion.kept(Path(__file__).parents[1] / "results" / "certificates" / "k_diffusion.csv")
+    assert [(r["function"], r["theirs"], r["last_sigma"]) for r in rows] == [
+        (case.function, text(case.options), case.last) for case in k_diffusion.cases()
+    ]
+    assert {row["status"] for row in rows} == {"pass"}
+    assert all(row["difference"] < row["threshold"] == k_diffusion.THRESHOLD for row in rows)
 
 
 def test_euler_in_closed_form():

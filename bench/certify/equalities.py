@@ -17,6 +17,8 @@ from samplers.registry import SAMPLERS, Sampler
 
 Row = dict[str, Any]
 STEPS = 8
+DETECTED_AT = (8, 16)  # steps: most samplers lower the order of the last steps of fewer than 15, some never
+FINALS = ("t_min", "zero")
 GRIDS = ("logsnr", "quadratic", "uniform")
 
 
@@ -27,12 +29,14 @@ class Identity(NamedTuple):
         claim: in words.
         a, b: sampler and options.
         finals: the ways to end for which it holds.
+        steps: of the plans.
     """
 
     claim: str
     a: tuple[str, Options]
     b: tuple[str, Options]
-    finals: tuple[str, ...] = ("t_min", "zero")
+    finals: tuple[str, ...] = FINALS
+    steps: int = STEPS
 
 
 IDENTITIES: tuple[Identity, ...] = (
@@ -62,6 +66,32 @@ IDENTITIES: tuple[Identity, ...] = (
             (f"ipndm-v-{k}", {}),
         )
         for k in (2, 3, 4)
+    ),
+    *(
+        Identity(
+            f"DEIS-{k} rhoAB is {name} as they are, from 15 steps on",
+            (f"deis-{k}", {"variant": "rhoab"}),
+            (f"{member}-{k}", {}),
+            finals,
+            16,
+        )
+        for name, member, finals in (("LMS", "lms", ("t_min",)), ("variable-step iPNDM", "ipndm-v", FINALS))
+        for k in (2, 3, 4)
+    ),
+    *(
+        Identity(
+            f"SDE-DPM-Solver with eta = {eta:g}, one step, is SEEDS-1",
+            ("dpmpp-2m-sde", sde),
+            ("seeds", sde | {"order": 1}),
+            steps=1,
+        )
+        for eta in (0.5, 1.0)
+        for sde in ({"predict": "eps", "eta": eta},)
+    ),
+    Identity(
+        "SDE-DPM-Solver-2M with eta = 0 is DPM-Solver-2M",
+        ("dpmpp-2m-sde", {"predict": "eps", "eta": 0.0}),
+        ("dpm-solver-2m", {}),
     ),
     Identity(
         "DPM-Solver-2S with its inner point at the end is Heun",
@@ -97,14 +127,14 @@ def identity_rows(identity: Identity) -> Iterator[Row]:
         return
     for (schedule, where), grid, final in product(SCHEDULES.items(), GRIDS, identity.finals):
         a, b = (
-            make_plan(name, where, steps=STEPS, grid=grid, final=final, **options)
+            make_plan(name, where, steps=identity.steps, grid=grid, final=final, **options)
             for name, options in (identity.a, identity.b)
         )
         row = head | {
             "schedule": schedule,
             "grid": grid,
             "final": final,
-            "steps": STEPS,
+            "steps": identity.steps,
             "difference": difference(a, b),
         }
         yield row | {"status": "pass" if a.close(b) else "fail", "note": ""}

@@ -59,7 +59,7 @@ class Problem:
         z = torch.randn(STATES, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.x_T = float(schedule.sigma(schedule.t_max)) * z
         self.solution = sample(self.model, "rk45", x_T=self.x_T, rtol=1e-12, atol=1e-12)
-        self._errors: dict[tuple[Plan, int], float] = {}
+        self._ends: dict[tuple[Plan, int], np.ndarray] = {}
 
     def error(self, plan: Plan, exact_start: int = 0) -> float:
         """The largest difference between a plan's result and the solution; plans that are equal run once.
@@ -69,15 +69,22 @@ class Problem:
             exact_start: the states at nodes 1 .. exact_start are replaced by the solution there, which removes what the
                 low orders of a start-up cost.
         """
+        return float(np.abs(self._end(plan, exact_start) - self.solution.numpy()).max())
+
+    def apart(self, a: Plan, b: Plan) -> float:
+        """The largest difference between the results of two plans."""
+        return float(np.abs(self._end(a) - self._end(b)).max())
+
+    def _end(self, plan: Plan, exact_start: int = 0) -> np.ndarray:
         key = (plan, exact_start)
-        if key not in self._errors:
+        if key not in self._ends:
             states = [self.x_T.numpy()]
             if exact_start:
                 states = solution_at(
                     self.schedule, self.schedule.lam(np.array(plan.times[: exact_start + 1])), states[0]
                 )
-            self._errors[key] = float(np.abs(run_from(plan, states) - self.solution.numpy()).max())
-        return self._errors[key]
+            self._ends[key] = run_from(plan, states)
+        return self._ends[key]
 
 
 def run_from(plan: Plan, states: Sequence[np.ndarray]) -> np.ndarray:

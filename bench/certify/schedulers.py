@@ -159,6 +159,14 @@ def _stochastic() -> Iterator[Case]:
             "final_sigmas_type": final,
         }
         yield Case("DPMSolverMultistepScheduler", theirs, "dpmpp-3m-sde", {}, 10, first_step=3, cause=_SIGN)
+    for steps, spacing in product((1, 2, 10, 20), ("linspace", "trailing")):  # in epsilon; they refuse zero
+        theirs = {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min", "timestep_spacing": spacing}
+        first: Options = {"order": 1, "predict": "eps"}
+        yield Case("DPMSolverMultistepScheduler", {**theirs, "solver_order": 1}, "seeds", first, steps)
+        for kind in ("midpoint", "heun"):
+            ours: Options = {"predict": "eps", "solver_type": kind}
+            both = {**theirs, "solver_type": kind, "solver_order": 2}
+            yield Case("DPMSolverMultistepScheduler", both, "dpmpp-2m-sde", ours, steps)
     for spacing in ("leading", "trailing"):
         yield Case("DPMSolverSDEScheduler", {"timestep_spacing": spacing}, "dpmpp-sde", nodes="exact")
     for (predictor, corrector), tau in product(((1, 1), (2, 2), (3, 4)), (always, never)):

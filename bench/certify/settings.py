@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from samplers import make_plan, schedules
 from samplers.registry import Sampler
+from samplers.schedule import Schedule
 
 Options = dict[str, Any]
 
@@ -56,6 +59,11 @@ def stochastic(entry: Sampler) -> Iterator[Options]:
     on = {} if name == "yes" else {name: entry.options[name] or 1.0}
     for chosen in choices(entry):
         yield {**on, **CERTIFIED_AT.get(entry.name, {}), **chosen}
+
+
+def growing(entry: Sampler) -> list[Options]:
+    """The settings in which an option grows with the grid, beside the default ones."""
+    return [{name: option} for name, option in GROWING.items() if name in entry.options]
 
 
 def _values(entry: Sampler, name: str, default: Any) -> list[Any]:
@@ -145,54 +153,98 @@ def known_slope(entry: Sampler, options: Options, schedule: str, grid: str) -> s
     return next((k.reason for k in found), "")
 
 
-def matches(row: Stated | Known | Weak, entry: Sampler, full: Options) -> bool:
+def matches(row: Stated | Known | Weak | KnownWeak, entry: Sampler, full: Options) -> bool:
     """Whether a stated exception holds for a sampler under all its options."""
     return fnmatch(entry.name, row.sampler) and all(full.get(name) == value for name, value in row.options.items())
 
 
 class Weak(NamedTuple):
-    """The least orders stated for a stochastic sampler: of its mean, of its variance, and of its path."""
+    """The orders stated for a stochastic sampler: of its mean, of its variance, and of its path; None where there is none."""
 
     sampler: str
     options: Options
-    mean: float
-    variance: float
-    strong: float
+    mean: float | None
+    variance: float | None
+    strong: float | None
     reason: str
 
+
+def growing_restarts(schedule: Schedule, nodes: np.ndarray) -> list[tuple[float, float, int, int]]:
+    """Two restarts from three quarters of the nodes up to half of them, in as many steps as the grid has between these."""
+    n = len(nodes) - 1
+    low, high = (float(schedule.sigma_bar(nodes[i])) for i in (3 * n // 4, n // 2))
+    return [(low, high, 2, n // 4)]
+
+
+# Options that are functions of schedule and nodes: certified beside the default, so that every part of a plan refines.
+GROWING: dict[str, Callable[[Schedule, np.ndarray], Any]] = {"restarts": growing_restarts}
 
 _SPLIT = (
     "a step down and noise back up, each exact to second order, but not their composition: the mean is of first order"
 )
 
 STATED_WEAK: tuple[Weak, ...] = (
-    Weak("dpm2-ancestral", {}, 1, 1, 1, _SPLIT),
-    Weak("dpmpp-2s", {}, 1, 1, 1, _SPLIT),
-    Weak("edm", {}, 1, 1, 1, "churn raises the noise level before each step: the mean is of first order"),
+    Weak("dpm2-ancestral", {}, 1, 2, 1, _SPLIT),
+    Weak("dpmpp-2s", {}, 1, 2, 1, _SPLIT),
+    Weak("edm", {}, 1, 2, 1, "churn raises the noise level before each step: the mean is of first order"),
+    Weak("restart", {"restarts": growing_restarts}, 2, 2, 2, "the steps of its restarts grow with the grid"),
     Weak(
         "restart",
         {},
-        0,
-        0,
-        0,
+        None,
+        None,
+        None,
         "the restart intervals have a fixed number of steps: their error does not fall with the grid",
     ),
     Weak(
-        "consistency", {}, 0, 0, 0, "draws from the distribution again at each node: exact for a consistency model only"
+        "consistency",
+        {},
+        None,
+        None,
+        None,
+        "draws from the distribution again at each node: exact for a consistency model only",
     ),
 )
 
 
 def stated_weak(entry: Sampler, options: Options) -> Weak:
-    """The orders stated for a stochastic setting; by default the registered one for the mean and 1 otherwise.
+    """The orders stated for a stochastic setting; by default the registered one for the mean, at most 2 for the variance.
 
     One noise for each step fixes the integral of the Brownian path over the step against one weight only, and what is left
-    of it is of the size h^(3/2): no sampler here has a strong order above 1.
+    of it is of the size h^(3/2): no sampler with a noise for each step has a strong order above 1.
     """
     for row in STATED_WEAK:
         if matches(row, entry, {**entry.options, **options}):
             return row
-    return Weak(entry.name, {}, options.get("order", entry.order), 1, 1, "")
+    order = options.get("order", entry.order)
+    return Weak(entry.name, {}, order, min(order, 2), 1, "")
+
+
+class KnownWeak(NamedTuple):
+    """A slope of a stochastic sampler that is above the stated order for a reason, on one grid."""
+
+    sampler: str
+    options: Options
+    kind: str
+    grid: str
+    reason: str
+
+
+_CANCELS = (
+    "on steps of one length in lam the leading term of the variance's error integrates to zero from noise to data; "
+    "over a part of the way it does not, and the slope is the stated one"
+)
+
+KNOWN_WEAK: tuple[KnownWeak, ...] = tuple(
+    KnownWeak("seeds", {"order": k, "predict": "eps"}, "weak, variance", "logsnr", _CANCELS) for k in (1, 2)
+)
+
+
+def known_weak(entry: Sampler, options: Options, kind: str, grid: str) -> str:
+    """The reason for a slope above the stated order of a stochastic sampler; empty where none is known."""
+    full = {**entry.options, **options}
+    found = (k for k in KNOWN_WEAK if (k.kind, k.grid) == (kind, grid) and matches(k, entry, full))
+    return next((k.reason for k in found), "")
 
 
 def text(options: Options) -> str:
