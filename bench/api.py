@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,7 @@ def run(
 
     Args:
         suite: a shipped suite's name, a YAML file, or a `bench.suite.Suite`.
-        out: results folder; by default results/SUITE-SAMPLES.
+        out: results folder; by default results/SUITE-SAMPLES. A suite of several models has a folder in it for each.
         samplers: labels of the suite or registered names; by default all of the suite.
         device: of torch.
         dtype: "auto", "fp32", "bf16" or, on an accelerator, "fp16", the network's.
@@ -56,38 +58,49 @@ def run(
         **changes: fields of the suite that are replaced, such as nfe=[5, 10] or num_samples=1000.
 
     Returns:
-        The columns that table.csv has. For each cell: role ("sampler" or "teacher"), label, model, sampler, grid, budget, nfe
-        (network calls made for a sample), seed, num_samples, status ("done", "failed", "absent") and reason, metric (name of
-        the distance), value, low and high (95 % interval), standard_error, seconds of sampling, images_per_second,
-        peak_memory_mb, and what made it: model_hash, plan_hash, hashes, code, dtype, device, torch.
+        A row for each cell and seed with the columns of table.csv, which `bench.columns.COLUMNS` describes one by one: what
+        the row is (role, label, model, sampler, options, grid, final, budget, seed), status and reason, metric with value, low,
+        high and standard_error, model_value (the model's own), each further metric with the same parts, calls (nfe,
+        evaluations, sequential_calls), costs (seconds, images_per_second, peak_memory_mb) and hashes of what made it.
 
     Raises:
         ValueError, FileNotFoundError: an unknown suite, sampler, device or dtype, or a value out of range.
         distill.checkpoint.CheckpointError: a model that cannot be used.
     """
     suite = suite if isinstance(suite, Suite) else load_suite(str(suite))
-    prepared = prepare(
-        suite.changed(samplers, **changes),
-        out,
-        device=device,
-        dtype=dtype,
-        compile=compile,
-        share_first_call=share_first_call,
-        overlap=overlap,
-        console=Console(quiet=quiet),
-    )
+    workers, rows = Workers(), []
     try:
-        rows = prepared.rows()
-        if prepared.running.workers.leads:
-            write_results(prepared.suite, prepared.model, prepared.out, prepared.running.device, rows)
+        for one, folder in each_model(suite.changed(samplers, **changes), out):
+            prepared = prepare(
+                one,
+                folder,
+                device=device,
+                dtype=dtype,
+                compile=compile,
+                share_first_call=share_first_call,
+                overlap=overlap,
+                console=Console(quiet=quiet),
+                workers=workers,
+            )
+            found = prepared.rows()
+            if workers.leads:
+                write_results(one, prepared.model, folder, prepared.running.device, found, prepared.record)
+            rows += found
     finally:
-        prepared.running.workers.close()
+        workers.close()
     return frame(rows)
+
+
+def each_model(suite: Suite, out: str | Path | None) -> Iterator[tuple[Suite, Path]]:
+    """The suite with each of its models, and where its results go: `out`, by default results/SUITE-SAMPLES, or a folder in it."""
+    folder = Path(out) if out is not None else Path("results") / f"{suite.name}-{suite.num_samples}"
+    for name, one in suite.of_each_model().items():
+        yield one, folder / name
 
 
 def prepare(
     suite: Suite,
-    out: str | Path | None,
+    out: Path,
     *,
     device: str,
     dtype: str,
@@ -95,12 +108,23 @@ def prepare(
     share_first_call: bool,
     overlap: bool,
     console: Console,
+    workers: Workers,
     shard: tuple[int, int] = (0, 1),
+    minutes: float | None = None,
 ) -> Run:
-    """A run that has not begun, its model loaded; arguments and errors as in `run`."""
+    """A run that has not begun, its model loaded; arguments and errors as in `run`.
+
+    Args:
+        suite: of one model.
+        out: results folder.
+        device, dtype, compile, share_first_call, overlap: as in `run`.
+        console: where progress is shown.
+        workers: the processes of the run.
+        shard: as in `bench.engine.Run`.
+        minutes: after which no batch is begun; None is never.
+    """
     if compile is not None and compile not in COMPILE:
         raise unknown("compile", compile, COMPILE)
-    workers = Workers()
     device = checked_device(workers.device(device))
     if compile == "graph" and not device.startswith("cuda"):
         raise ValueError(f"compile='graph' records a CUDA graph; device must be cuda, got {device!r}")
@@ -110,6 +134,6 @@ def prepare(
         )
     dtype = default_dtype(device) if dtype == "auto" else dtype
     model = load_model(suite.model, device, dtype, suite.judge, suite.num_samples, **suite.reading)
-    folder = Path(out) if out is not None else Path("results") / f"{suite.name}-{suite.num_samples}"
-    running = Running(device, suite.batch_size, compile, share_first_call, workers, overlap)
-    return Run(suite, model, folder, running, console, shard)
+    deadline = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
+    running = Running(device, suite.batch_size, compile, share_first_call, workers, overlap, deadline)
+    return Run(suite, model, out, running, console, shard)

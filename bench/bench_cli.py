@@ -54,6 +54,11 @@ from bench.command import integers_in, names_in, plain_errors, resumable, wide_c
 @click.option("--overlap", is_flag=True, help="On CUDA: sample the next batch while one is judged.")
 @click.option("--shard", default="0/1", metavar="I/N", help="Measure every N-th cell, from I on; 0 <= I < N.")
 @click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="After which no batch is begun, and the run stops; the same command goes on.",
+)
+@click.option(
     "--dry-run", is_flag=True, help="Show the cells, their network calls and estimated minutes; measure nothing."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Results folder; by default results/SUITE-SAMPLES.")
@@ -84,7 +89,6 @@ def bench(
     A run that was stopped goes on where it stopped: type the same command again. Several processes may work on one results
     folder at once, each on cells of its own; under torchrun or accelerate launch they divide the samples of each cell.
     """
-    from bench.api import prepare
     from bench.suite import load_suite
 
     changes: dict[str, Any] = {
@@ -101,8 +105,29 @@ def bench(
     loaded = load_suite(suite)
     rows = [*_own_row(model or loaded.model), *_students(students)]
     chosen = [] if samplers is None else names_in("--samplers", samplers)
-    run = prepare(loaded.changed(chosen, rows, **changes), console=wide_console(), shard=_shard(shard), **how)
-    _show(run) if dry_run else _measure(run)
+    _run(loaded.changed(chosen, rows, **changes), dry_run=dry_run, shard=_shard(shard), **how)
+
+
+def _run(suite: Any, *, dry_run: bool, out: Path | None, minutes: float | None, **how: Any) -> None:
+    """Run the suite on each of its models, or show what that would be."""
+    import time
+
+    from bench.api import each_model, prepare
+    from bench.workers import WorkerLostError, Workers
+
+    began, workers = time.monotonic(), Workers()
+    try:
+        for one, folder in each_model(suite, out):
+            left = None if minutes is None else minutes - (time.monotonic() - began) / 60.0
+            run = prepare(one, folder, console=wide_console(), workers=workers, minutes=left, **how)
+            if dry_run:
+                _show(run)
+            elif not _measure(run):
+                break
+    except WorkerLostError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        workers.close()
 
 
 def _show(run: Any) -> None:
@@ -111,13 +136,13 @@ def _show(run: Any) -> None:
     run.console.print(dry_run(run))
 
 
-def _measure(run: Any) -> None:
-    """Run the suite, then write and print what came out; on Ctrl-C say how to go on."""
+def _measure(run: Any) -> bool:
+    """Run the suite, then write and print what came out; on Ctrl-C say how to go on. Whether there was time for all of it."""
     import torch
 
+    from bench.measure import OutOfTimeError
     from bench.report import write_results
     from bench.table import terminal
-    from bench.workers import WorkerLostError
 
     suite, model, folder, device, workers = run.suite, run.model, run.out, run.running.device, run.running.workers
     say = partial(run.console.print, soft_wrap=True, highlight=False) if workers.leads else lambda *_: None
@@ -130,14 +155,16 @@ def _measure(run: Any) -> None:
     with resumable(f"finished batches are kept in {folder}, and the same command goes on from there"):
         try:
             rows = run.rows()
-        except WorkerLostError as error:
-            raise click.ClickException(str(error)) from error
+        except OutOfTimeError:
+            say(
+                f"stopped, as its time is over; finished batches are kept in {folder}, and the same command goes on from there"
+            )
+            return False
         except OSError as error:  # a full disk, a folder that may not be written
             went_on = f"what was finished before is kept in {folder}, and the same command goes on from there"
             raise click.ClickException(f"{error}; {went_on}") from error
-    workers.close()
     if not workers.leads:
-        return
+        return True
     if run.overhead is not None:
         say(f"engine: {100 * run.overhead:.1f} % beside sampling and judging")
     missing = sum(row["status"] == "missing" for row in rows)
@@ -145,10 +172,11 @@ def _measure(run: Any) -> None:
         say(
             f"{missing} of {len(rows)} cells are left to other shards; the command without --shard makes the table of all"
         )
-        return
-    title = write_results(suite, model, folder, device, rows)
-    run.console.print(terminal(rows, model.judge.floor, title, suite.note))
+        return True
+    title = write_results(suite, model, folder, device, rows, run.record)
+    run.console.print(terminal(rows, model.judge.floors(suite.num_samples), title, suite.note))
     say(f"table, plot and pictures: {folder}")
+    return True
 
 
 def _judge(extractor: str | None, reference: str | None) -> dict[str, str] | None:

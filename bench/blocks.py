@@ -29,10 +29,14 @@ class Blocks:
     Args:
         folder: of the cell; made when the first block is written.
         tell: is called with a sentence about a block that cannot be read, which is then measured again.
+
+    Attributes:
+        added: totals of the blocks that this object wrote.
     """
 
     def __init__(self, folder: Path, tell: Callable[[str], None] = lambda _: None) -> None:
         self.folder, self.tell = folder, tell
+        self.added: dict[str, float] = {}
         self._kept: dict[Path, dict[str, np.ndarray]] = {}
         self._room = _KEPT
 
@@ -55,6 +59,8 @@ class Blocks:
             handle.flush()
             os.fsync(handle.fileno())
         new.replace(path)
+        for name, value in (totals or {}).items():
+            self.added[name] = self.added.get(name, 0.0) + value
         size = sum(values.nbytes for values in arrays.values())
         if size <= self._room:
             self._room -= size

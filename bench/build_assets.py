@@ -23,7 +23,7 @@ from bench.features import (
     save_extractor,
     save_statistics,
 )
-from bench.judge import SAMPLES
+from bench.judge import SAMPLES, TEST_SAMPLES
 from bench.metrics import Moments, frechet_distance
 from bench.reference import save_reference_samples
 from bench.shipped import ASSETS
@@ -38,12 +38,12 @@ def build_assets(
     out: str | Path = ASSETS,
     training: ClassifierTraining | None = None,
 ) -> dict[str, Any]:
-    """Write the extractor `mnist_cnn`, the statistics `mnist` and features of some training images under `out`.
+    """Write the extractor `mnist_cnn`, the statistics `mnist`, and features of some training and all test images under `out`.
 
     Args:
         train_parquet: the training images of MNIST with labels, in any form that `load_images` reads.
         test_parquet: the test images, likewise.
-        out: the folder that gets `mnist-features/`, `mnist-stats/` and `mnist-reference/`, which are replaced.
+        out: the folder that gets `mnist-features/`, `mnist-stats/`, `mnist-reference/` and `mnist-test/`, which are replaced.
         training: None = the shipped extractor's.
 
     Returns:
@@ -56,9 +56,8 @@ def build_assets(
     data = {split: load_images(file) for split, file in files.items()}
     extractor = build_extractor(files, data, Path(out) / EXTRACTORS[NAME].name, training or ClassifierTraining())
     moments = build_statistics(files, data, Path(out) / STATISTICS["mnist"].name, extractor)
-    some = data["train"].images[:REFERENCE_SAMPLES]
-    about = {"split": "train", "first": len(some), **describe(data["train"], files["train"])}
-    save_reference_samples(Path(out) / SAMPLES.name, extractor, extractor.features(some), about)
+    for split, folder in (("train", SAMPLES), ("test", TEST_SAMPLES)):
+        build_samples(split, files[split], data[split], Path(out) / folder.name, extractor)
     return {
         "hash": extractor.hash,
         "test_accuracy": extractor.info["test_accuracy"],
@@ -92,6 +91,13 @@ def build_statistics(
     moments = {split: Moments.of(extractor.features(images.images)) for split, images in data.items()}
     save_statistics(folder, extractor, moments, {split: describe(data[split], file) for split, file in files.items()})
     return moments
+
+
+def build_samples(split: str, file: Path, data: ImageData, folder: Path, extractor: FeatureExtractor) -> None:
+    """Features of images of a split, saved in `folder`: the first of the training images, all test images."""
+    some = data.images[:REFERENCE_SAMPLES] if split == "train" else data.images
+    about = {"split": split, "first": len(some), **describe(data, file)}
+    save_reference_samples(folder, extractor, extractor.features(some), about)
 
 
 def describe(data: ImageData, file: Path) -> dict[str, Any]:

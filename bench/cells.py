@@ -16,12 +16,14 @@ from bench.guidance import Guidance, Unguided, guided, null_of, weight_of
 from bench.judging import Metric, get_metric
 from bench.network import Network
 from bench.pipelines import is_pipeline
-from bench.store import code_fingerprint, key_of
+from bench.store import code_fingerprint, key_of, plugin_fingerprint
 from bench.students import check_alike, inputs_of, load_students, training_cost
 from bench.suite import SamplerSpec, Spec, StudentSpec, Suite
+from bench.tuning import tuning_of
 from bench.zoo import BenchModel, judged, load_network
 from distill.student import nearest
 from samplers import Plan, make_plan
+from samplers.grid import points_of
 from samplers.registry import get_sampler
 
 Row = dict[str, Any]
@@ -110,6 +112,21 @@ class Cell:
     def without(self) -> Row:
         """The outcome of a cell that has a problem."""
         return {"status": "absent" if self.absent else "failed", "reason": self.problem}
+
+    @property
+    def resolved(self) -> Row:
+        """Columns that say in full what the identity says as it was given: every option, and the last step; not of students."""
+        spec = self.spec
+        if not isinstance(spec, SamplerSpec):
+            return {}
+        sampler = get_sampler(spec.sampler)
+        grid = spec.grid or sampler.grid_on(self.model.model.schedule)
+        return {"options": {**sampler.options, **spec.options}, "final": spec.final or points_of(grid).final}
+
+    @property
+    def tuning(self) -> Row:
+        """Columns that say where it was tuned on what judges it."""
+        return tuning_of(self.spec, self.model.name) if isinstance(self.spec, SamplerSpec) else {}
 
     @property
     def remarks(self) -> Row:
@@ -295,6 +312,7 @@ def identity(cell: Cell, device: str) -> Row:
         **({"inputs": dict(cell.inputs)} if cell.inputs else {}),
         **_guidance(cell),
         **({"further": sorted(metric.name for metric in cell.further)} if cell.further else {}),
+        **_plugins(cell),
         **({"solution": cell.solution} if cell.solution else {}),
         **({"batch_size": cell.batch_size} if cell.batch_size else {}),
         **(
@@ -304,6 +322,16 @@ def identity(cell: Cell, device: str) -> Row:
         ),
     }
     return json.loads(json.dumps(made_by))  # tuples are lists there
+
+
+def _plugins(cell: Cell) -> Row:
+    """The code of what installed packages add; a sampler's that makes a plan is in the hash of that plan."""
+    added: dict[str, Any] = {metric.name: metric.compute for metric in cell.further}
+    if cell.plan is None and not cell.problem:
+        added[cell.spec.sampler] = get_sampler(cell.spec.sampler).integrate  # type: ignore[union-attr]
+    found = {name: plugin_fingerprint(function) for name, function in sorted(added.items())}
+    text = ", ".join(f"{name} {code}" for name, code in found.items() if code)
+    return {"plugins": text} if text else {}
 
 
 def _guidance(cell: Cell) -> Row:

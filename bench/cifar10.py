@@ -24,14 +24,14 @@ import click
 import torch
 from rich.console import Console
 
-from bench.build_assets import build_statistics, describe
+from bench.build_assets import build_samples, build_statistics, describe
 from bench.classifier_training import ClassifierTraining, train_classifier
 from bench.command import checked_device, plain_errors, resumable
 from bench.data import ImageData, load_images
 from bench.engine import run_suite
 from bench.evaluate import evaluator
 from bench.features import load_extractor, save_extractor
-from bench.judge import FEATURES, MOMENTS
+from bench.judge import FEATURES, FOLDER_SAMPLES, FOLDER_TEST_SAMPLES, MOMENTS
 from bench.report import write_results
 from bench.suite import load_suite
 from bench.table import terminal
@@ -111,6 +111,8 @@ def make_judge(work: Work) -> Ended:
     extractor = load_extractor(folder / FEATURES, work.torch_device)
     accuracy = float((extractor.classify(data["test"].images) == data["test"].labels).mean())
     save_extractor(folder / FEATURES, "cifar_cnn", network, {"test_accuracy": accuracy, **info})
+    for split, samples in zip(_SPLITS, (FOLDER_SAMPLES, FOLDER_TEST_SAMPLES), strict=True):
+        build_samples(split, files[split], data[split], folder / samples, extractor)
     build_statistics(files, data, folder / MOMENTS, extractor)
     return Ended.DONE
 
@@ -139,7 +141,7 @@ def measure(work: Work) -> Ended:
     model = load_model(suite.model, device, default_dtype(device), suite.judge)
     found = run_suite(suite, model, work.out / "results", device, console)
     title = write_results(suite, model, work.out / "results", device, found)
-    console.print(terminal(found, model.judge.floor, title, suite.note))
+    console.print(terminal(found, model.judge.floors(suite.num_samples), title, suite.note))
     return Ended.DONE
 
 

@@ -140,12 +140,24 @@ def _placed(rows: Sequence[Row]) -> dict[tuple[str, str, int], Row]:
 def _difference(place: tuple[str, str, int], a: Row, b: Row) -> Difference:
     """The difference in a cell; its p-value is not corrected."""
     value, (error_a, error_b) = b["value"] - a["value"], (a.get("standard_error"), b.get("standard_error"))
-    differs = tuple(name for name in (*_MADE_BY, *_MADE_WITH) if a.get(name) != b.get(name))
+    differs = tuple(
+        name for name in (*_MADE_BY, *_MADE_WITH) if a.get(name) != b.get(name) and not _same_plan(name, a, b)
+    )
     if error_a is None or error_b is None:
         return Difference(*place, a, b, value, None, None, None, differs)
     error = math.hypot(error_a, error_b)
     z = value / error if error else math.copysign(math.inf, value) if value else 0.0
     return Difference(*place, a, b, value, error, z, 2.0 * float(ndtr(-abs(z))), differs)
+
+
+def _same_plan(name: str, a: Row, b: Row) -> bool:
+    """Whether a field is only said in another way, as tables that leave defaults out do: one plan has one of each."""
+    return (
+        name in ("options", "final")
+        and a["sampler"] == b["sampler"]
+        and bool(a.get("plan_hash"))
+        and a["plan_hash"] == b.get("plan_hash")
+    )
 
 
 def diff_table(found: Comparison, a: str, b: str) -> Table:

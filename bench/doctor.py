@@ -8,29 +8,27 @@ once. A mistake that gives the claimed distance to its digits is the likely one;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
-from bench.features import STATISTICS, FeatureExtractor, load_extractor, load_statistics, moments_hash, quantise
+from bench.doctor_images import changes, distinct, features_of, fitted_to, spread
+from bench.extractors import load_any_extractor
+from bench.features import STATISTICS, Extractor, FeatureExtractor, load_extractor, load_statistics, moments_hash
 from bench.intervals import REACH
-from bench.judge import FEATURES, MOMENTS
+from bench.judge import CACHE, FEATURES, MOMENTS, JudgeSpec
 from bench.metrics import FrechetReference, Moments, frechet_interval
+from bench.reference import reference_of
 
 Row = dict[str, Any]
-Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-Resize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
 AS_IT_IS = "as it is"
 EXACT, POSSIBLE, NO = "gives the claim", "within sampling error", "no"
 _COUNTS = (1000, 5000, 10_000, 50_000)
 _BATCHES = (32, 50, 64, 100, 128, 200, 250, 256, 500, 512)
-_BLOCK = 1000
+_SAME_UNIT = ("fd_infinity",)  # metrics of a table that a distance can be taken for
 
 
 @dataclass(frozen=True)
@@ -92,22 +90,32 @@ class Examiner:
 
     Attributes:
         extractor: of features.
-        references: moments of the splits "train", the usual one, and "test".
+        references: moments of the splits "train", the usual one, and "test" where that is known.
     """
 
-    extractor: FeatureExtractor
+    extractor: Extractor
     references: dict[str, FrechetReference]
 
 
-def load_examiner(judge: Path | None = None) -> Examiner:
-    """The shipped judge of digits, or one from a folder as `bench.judge.folder_judge` takes it.
+def load_examiner(judge: Path | JudgeSpec | None = None, shape: tuple[int, int, int] | None = None) -> Examiner:
+    """The shipped judge of digits, one from a folder as `bench.judge.folder_judge` takes it, or any extractor with real images.
+
+    Args:
+        judge: of these; moments of the images of a `JudgeSpec` are kept as those of a suite's judge are.
+        shape: (C, H, W) of the images to examine, which the extractor "pixels" needs.
 
     Raises:
+        ValueError, FileNotFoundError: an extractor or images that cannot be used.
         distill.checkpoint.CheckpointError: extractor or statistics cannot be used, or do not belong together.
     """
-    extractor = load_extractor("mnist_cnn" if judge is None else judge / FEATURES)
-    statistics = STATISTICS["mnist"] if judge is None else judge / MOMENTS
-    moments = {split: load_statistics(statistics, split, extractor) for split in ("train", "test")}
+    if isinstance(judge, JudgeSpec):
+        extractor = load_any_extractor(judge.extractor, shape=shape if judge.extractor == "pixels" else None)
+        sources = {"train": judge.reference, **({"test": judge.test} if judge.test else {})}
+        moments = {split: reference_of(extractor, source, CACHE, split) for split, source in sources.items()}
+    else:
+        extractor = load_extractor("mnist_cnn" if judge is None else judge / FEATURES)
+        statistics = STATISTICS["mnist"] if judge is None else judge / MOMENTS
+        moments = {split: load_statistics(statistics, split, extractor) for split in ("train", "test")}
     return Examiner(extractor, {split: FrechetReference(value) for split, value in moments.items()})
 
 
@@ -124,7 +132,8 @@ def examine(
     """What each hypothesis gives for images, the one that nothing is wrong first.
 
     Args:
-        images: (N, C, H, W) uint8, N at least 4; of another size than the judge's they are resized in several ways.
+        images: (N, C, H, W) uint8, N at least 4; of another size than the judge's they are resized in several ways. An extractor
+            that takes any size resizes them itself, and what is tried is that somebody did it before.
         claim: the distance to explain.
         examiner: of the judge.
         others: of judges whose extractor may be behind the claim.
@@ -136,17 +145,20 @@ def examine(
     extractor, train = examiner.extractor, examiner.references["train"]
     if len(images) < 4:
         raise ValueError(f"the doctor needs at least 4 images, got {len(images)}")
-    fitted = _fitted(images, extractor.shape)
-    features = _features(extractor, fitted)
+    fitted = fitted_to(images, extractor.shape)
+    features = features_of(extractor, fitted)
     yield _found("", AS_IT_IS, features, train, claim)
     yield from _by_count(features, train, claim)
-    yield _found("split", "against the test set's statistics", features, examiner.references["test"], claim)
-    yield _without_rounding(features, _features(extractor, fitted, _spread), train, claim)
-    for family, name, change in _changes(images.shape[2:], extractor.shape):
-        yield _found(family, name, _features(extractor, fitted if family != "size" else images, change), train, claim)
+    if "test" in examiner.references:
+        yield _found("split", "against the test set's statistics", features, examiner.references["test"], claim)
+    if isinstance(extractor, FeatureExtractor):  # others take 8 bits
+        yield _without_rounding(features, features_of(extractor, fitted, spread), train, claim)
+    for family, name, change in changes(images.shape[2:], fitted.shape[1:], extractor.name):
+        changed = features_of(extractor, fitted if family != "size" else images, change)
+        yield _found(family, name, changed, train, claim)
     yield from _by_extractor(features, fitted, examiner, others, claim)
     yield from _by_batch(features, train, claim, batch_size)
-    kept = _distinct(images)
+    kept = distinct(images)
     if len(kept) < len(images):
         name = f"each of {len(kept)} different images counted once"
         yield _found("batch", name, features[kept], train, claim)
@@ -194,16 +206,19 @@ def _by_extractor(
     features: np.ndarray, images: np.ndarray, examiner: Examiner, others: Sequence[Examiner], claim: Claim
 ) -> Iterator[Finding]:
     """Features that were not standardised, and those of other judges."""
-    network = examiner.extractor.network
-    mean, scale = (part.double().cpu().numpy() for part in (network.feature_mean, network.feature_std))
-    moments = examiner.references["train"].moments
-    raw = Moments(moments.mean * scale + mean, moments.covariance * np.outer(scale, scale), moments.count)
-    name = f"features of {examiner.extractor.name} before they are standardised"
-    yield _found("extractor", name, features * scale + mean, FrechetReference(raw), claim)
+    extractor = examiner.extractor
+    if isinstance(extractor, FeatureExtractor):
+        mean, scale = (
+            part.double().cpu().numpy() for part in (extractor.network.feature_mean, extractor.network.feature_std)
+        )
+        moments = examiner.references["train"].moments
+        raw = Moments(moments.mean * scale + mean, moments.covariance * np.outer(scale, scale), moments.count)
+        name = f"features of {extractor.name} before they are standardised"
+        yield _found("extractor", name, features * scale + mean, FrechetReference(raw), claim)
     for other in others:
-        seen = _fitted(images, other.extractor.shape)
+        seen = fitted_to(images, other.extractor.shape)
         name = f"features of {other.extractor.name} {other.extractor.hash}"
-        yield _found("extractor", name, _features(other.extractor, seen), other.references["train"], claim)
+        yield _found("extractor", name, features_of(other.extractor, seen), other.references["train"], claim)
 
 
 def _by_batch(
@@ -227,109 +242,11 @@ def _by_batch(
         yield min(several, key=lambda finding: abs(finding.distance - claim.value))
 
 
-def _changes(size: tuple[int, int], shape: tuple[int, int, int]) -> Iterator[tuple[str, str, Change]]:
-    """Family, name and what a mistake makes of the levels (B, C, H, W) of a block of images of a size."""
-    yield "rounding", "truncated to 8 bits instead of rounded", lambda x, _: _moved(x, -0.5)
-    yield "rounding", "these images were truncated, the claim's rounded", lambda x, _: _moved(x, 0.5)
-    yield "range", "[0, 1] taken as [-1, 1]", lambda x, _: quantise(x / np.float32(255)).numpy()
-    yield "range", "[-1, 1] taken as [0, 1]", lambda x, _: (2 * x.astype(np.int16) - 255).clip(0).astype(np.uint8)
-    if shape[0] == 3:
-        yield "channels", "blue and red exchanged", lambda x, _: x[:, ::-1].copy()
-    fitting = shape[1:]
-    if size != fitting:
-        for name, resize in _RESIZES.items():
-            yield "size", f"resized, {name}", partial(_there_and_back, [fitting], resize)
-        return
-    for other in ((size[0] // 2, size[1] // 2), (size[0] + 4, size[1] + 4)):
-        for name, resize in _RESIZES.items():
-            where = f"resized to {other[0]} x {other[1]} and back, {name}"
-            yield "resize", where, partial(_there_and_back, [other, size], resize)
-
-
-def _there_and_back(sizes: Sequence[tuple[int, int]], resize: Resize, x: np.ndarray, _: object) -> np.ndarray:
-    for size in sizes:
-        x = resize(x, size)
-    return x
-
-
-def _moved(levels: np.ndarray, by: np.ndarray | float) -> np.ndarray:
-    """Levels as float32, moved but for those at an end, where clipping leaves most.
-
-    Truncated numbers are half a level below rounded ones, and their errors have the same variance, 1 / 12.
-    """
-    return levels + np.where((levels > 0) & (levels < 255), by, 0.0).astype(np.float32)
-
-
-def _spread(levels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Levels with as much noise as rounding has made."""
-    return _moved(levels, rng.uniform(-0.5, 0.5, levels.shape))
-
-
-def _resized(kind: Image.Resampling, images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Images (B, C, H, W) uint8 at another size by Pillow, which smooths before it makes smaller."""
-    resize = [[Image.fromarray(channel).resize(size[::-1], kind) for channel in image] for image in images]
-    return np.stack([np.stack([np.asarray(channel) for channel in image]) for image in resize])
-
-
-def _aliased(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Images (B, C, H, W) uint8 at another size by bilinear interpolation of the nearest four pixels only."""
-    levels = torch.from_numpy(np.ascontiguousarray(images)).float()
-    found = torch.nn.functional.interpolate(levels, size, mode="bilinear", align_corners=False, antialias=False)
-    return found.round().clamp(0, 255).to(torch.uint8).numpy()
-
-
-_RESIZES: dict[str, Resize] = {
-    "nearest": partial(_resized, Image.Resampling.NEAREST),
-    "bilinear": partial(_resized, Image.Resampling.BILINEAR),
-    "bicubic": partial(_resized, Image.Resampling.BICUBIC),
-    "bilinear without antialiasing": _aliased,
-}
-
-
-def _fitted(images: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Images in the judge's shape: equal colour channels as one grey one, another size by bicubic interpolation."""
-    if images.shape[1] == 3 and shape[0] == 1 and (images == images[:, :1]).all():
-        images = images[:, :1]
-    if images.shape[1] != shape[0]:
-        raise ValueError(f"images must have {shape[0]} channel(s) like the judge's, got {images.shape[1]}")
-    return images if images.shape[2:] == shape[1:] else _in_blocks(images, lambda x: _RESIZES["bicubic"](x, shape[1:]))
-
-
-def _in_blocks(images: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    return np.concatenate([change(images[i : i + _BLOCK]) for i in range(0, len(images), _BLOCK)])
-
-
-def _features(extractor: FeatureExtractor, images: np.ndarray, change: Change | None = None) -> np.ndarray:
-    """Features (N, d) of images, changed or not; levels that are not whole are not rounded on the way."""
-    rng = np.random.default_rng(0)
-
-    def of(block: np.ndarray) -> np.ndarray:
-        levels = block if change is None else change(block, rng)
-        if levels.shape[1] == 3 and extractor.shape[0] == 1:
-            levels = levels[:, :1]
-        if levels.dtype == np.uint8:
-            return extractor.features(levels)
-        weight = extractor.network.head.weight
-        with torch.no_grad():
-            pixels = torch.from_numpy(levels).to(weight.device, weight.dtype) / 127.5 - 1
-            return extractor.network.features(pixels).double().cpu().numpy()
-
-    return _in_blocks(images, of)
-
-
-def _distinct(images: np.ndarray) -> list[int]:
-    """The number of the first of each group of equal images."""
-    first: dict[bytes, int] = {}
-    for number, image in enumerate(images):
-        first.setdefault(image.tobytes(), number)
-    return list(first.values())
-
-
 # a table -------------------------------------------------------------------------------------------------------------
 
 
 def examine_row(row: Row, rows: Sequence[Row], claim: Claim, examiner: Examiner) -> Iterator[Finding]:
-    """What a table without its images can say: the row itself, other counts, its other metrics, and other rows.
+    """What a table without its images can say: the row itself, other counts, its distance without bias, and other rows.
 
     Args:
         row: a measured one, over all seeds.
@@ -347,7 +264,8 @@ def examine_row(row: Row, rows: Sequence[Row], claim: Claim, examiner: Examiner)
                 value = max(0.0, row["value"] + slope * (1 / count - 1 / total))
                 half = REACH * error * math.sqrt(max(1.0, total / count))
                 yield judged(Finding("count", f"{count} images, by the reference's bias", value, half), claim)
-    for name, parts in (row.get("metrics") or {}).items():
+    known = row.get("metrics") or {}
+    for name, parts in ((name, known[name]) for name in _SAME_UNIT if (known.get(name) or {}).get("value") is not None):
         half = REACH * (parts.get("standard_error") or 0.0)
         yield judged(Finding("metric", f"{name} of this row", parts["value"], half), claim)
     for other in rows:

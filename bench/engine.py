@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from bench.cells import Cell, Row, identity, resolve
 from bench.judging import Arrays
-from bench.measure import Advance, Running, film, measure, sampled, shown
+from bench.measure import Advance, OutOfTimeError, Running, film, measure, sampled, shown
 from bench.plots import save_film, save_samples
 from bench.store import Store
 from bench.suite import Suite
@@ -44,7 +44,8 @@ class Run:
 
     Attributes:
         cells: of the suite, in the order in which they are measured.
-        cost: seconds spent so far on measuring, of which on sampling and on judging.
+        cost: seconds of this process so far: `wall` of the run, `whole` of measuring cells, of which `sampling` and `judging`;
+            and the number of `cells` that it measured.
     """
 
     suite: Suite
@@ -66,7 +67,7 @@ class Run:
         if not 0 <= i < n:
             raise ValueError(f"shard must be i/n with 0 <= i < n, got {i}/{n}")
         self.cells = resolve(self.suite, self.model, self.running.device)
-        self.cost = {"whole": 0.0, "sampling": 0.0, "judging": 0.0}
+        self.cost = dict.fromkeys(("wall", "whole", "sampling", "judging", "cells"), 0.0)
         self._tell: Callable[[str], None] = lambda text: self.console.print(text, soft_wrap=True, highlight=False)
         self._store = Store(self.out, self._tell)
         self._solutions: dict[int, Arrays | SamplingError] = {}  # by seed
@@ -80,14 +81,19 @@ class Run:
 
         Raises:
             bench.workers.WorkerLostError: another process of the run is gone; nothing that was measured is lost.
+            bench.measure.OutOfTimeError: `running.deadline` came before the last batch; likewise.
+            ValueError: processes of the run do not see one results folder.
         """
-        i, n = self.shard
+        (i, n), began = self.shard, time.perf_counter()
+        self.running.workers.check_shared(self.out)
         found: dict[int, Row] = {}
         with self._progress() as (progress, task):
             queue = [number for number in range(len(self.cells)) if number % n == i]
             while queue:
                 waiting = [number for number in queue if not self._measured(number, found, progress, task)]
                 if len(waiting) == len(queue):  # other processes have all of them
+                    if time.monotonic() > self.running.deadline:
+                        raise OutOfTimeError("the run's time is over, and other processes have the cells that are left")
                     time.sleep(_WAIT)
                 queue = waiting
         for number, cell in enumerate(self.cells):
@@ -96,14 +102,25 @@ class Run:
                 left = cell.without if cell.problem else {"status": "missing", "reason": "left to another shard"}
                 found[number] = self._row(cell, self._store.get(made_by) or {**made_by, **left})
         self._clean(found)
+        self.cost["wall"] += time.perf_counter() - began
         order = sorted(found, key=lambda number: (self.cells[number].role == "teacher", number))
         return [found[number] for number in order]
 
     @property
     def overhead(self) -> float | None:
-        """What the engine took beside sampling and judging, as a share; None where nothing was measured, or overlapped."""
-        useful = self.cost["sampling"] + self.cost["judging"]
-        return self.cost["whole"] / useful - 1.0 if useful and not self.running.overlap else None
+        """What the engine took beside sampling and judging, as a share; None where nothing was measured, or side by side."""
+        useful, alone = self.cost["sampling"] + self.cost["judging"], self.running.workers.size == 1
+        return self.cost["whole"] / useful - 1.0 if useful and alone and not self.running.overlap else None
+
+    @property
+    def record(self) -> Row:
+        """What this process did, for the provenance; {} where it measured nothing."""
+        if not self.cost["cells"]:
+            return {}
+        names = {"wall": "wall_seconds", "sampling": "sampling_seconds", "judging": "judging_seconds"}
+        seconds = {name: round(self.cost[part], 3) for part, name in names.items()}
+        overhead = None if self.overhead is None else round(self.overhead, 4)
+        return {"measured_cells": int(self.cost["cells"]), "cells": len(self.cells), **seconds, "overhead": overhead}
 
     def _measured(self, number: int, found: dict[int, Row], progress: Progress, task: TaskID) -> bool:
         """Whether a cell's row is in `found` now; False where another process measures it."""
@@ -147,11 +164,13 @@ class Run:
         if cell.model.images and arrays["film"].shape[1]:
             save_film(film(arrays), picture.with_name(f"{picture.stem}-path.png"))
         record = self._store.put(made_by, outcome)
+        figures = outcome["judging_seconds"] - blocks.total("judging_seconds")
         if not cell.is_solution:
             blocks.remove()
         self.cost["whole"] += time.perf_counter() - began
-        self.cost["sampling"] += outcome["seconds"]
-        self.cost["judging"] += outcome["judging_seconds"]
+        self.cost["sampling"] += blocks.added.get("seconds", 0.0)  # and none of a run that was stopped
+        self.cost["judging"] += blocks.added.get("judging_seconds", 0.0) + figures
+        self.cost["cells"] += 1
         return record
 
     def _solution(self, cell: Cell) -> Arrays | None:
@@ -187,13 +206,13 @@ class Run:
             self._store.tidy()
 
     def _row(self, cell: Cell, record: Row) -> Row:
-        tuned = getattr(cell.spec, "tuned", "")
         return {
             "role": cell.role,
             "label": cell.spec.label,
             **record,
+            **cell.resolved,
             **cell.remarks,
-            **({"tuned": tuned} if tuned else {}),
+            **cell.tuning,
         }
 
     @contextmanager

@@ -26,6 +26,9 @@ from distill.checkpoint import CheckpointError, content_hash, load_weights, read
 FORMAT = 1
 EXTRACTORS = {"mnist_cnn": ASSETS / "mnist-features"}
 STATISTICS = {"mnist": ASSETS / "mnist-stats"}
+ROUNDING = (
+    "samples are clipped to [-1, 1] and rounded to 8 bits, ties to the even level, before their features are taken"
+)
 Shape = tuple[int, int, int] | Literal["any"]  # (C, H, W) of the images, or any size of 1 or 3 channels
 
 

@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bench.floor import Floor
 from bench.measure import FILMED
+from bench.ranking import BEYOND, TUNED, UNTRAINED
 from bench.report_page.data import report_data
 from bench.store import write_text
+from bench.table import floor_text
 
 Row = dict[str, Any]
 _FILE = "report.html"
@@ -34,7 +37,7 @@ _FACTS = ("metric", "num_samples", "model", "model_hash", "dtype", "device", "th
 
 def write_html_report(
     rows: Sequence[Row],
-    floor: float,
+    floors: Sequence[Floor],
     title: str,
     provenance: dict[str, Any],
     out: Path,
@@ -49,7 +52,7 @@ def write_html_report(
 
     Args:
         rows: of a run; the seeds of a sampler at a budget become one point of the charts.
-        floor: primary distance of real test data; drawn where it is positive.
+        floors: of the primary distance; the first is drawn where it is positive.
         title: of the page.
         provenance: what made the run; shown as it is.
         out: folder of the run.
@@ -65,7 +68,7 @@ def write_html_report(
     names = {row["metric"] for row in rows if "metric" in row}
     if len(names) != 1:
         raise ValueError(f"rows must be at least one, all of the same metric, got {len(rows)} of {sorted(names)}")
-    data = report_data(rows, floor, title, provenance, note, higher_is_better)
+    data = report_data(rows, floors, title, provenance, note, higher_is_better)
     data["left_out"] = _add_pictures(data["points"], rows, out / "samples")
     write_text(out / _FILE, _page(data))
     return out / _FILE
@@ -153,8 +156,9 @@ def _facts(data: Mapping[str, Any]) -> str:
     facts["seeds"] = ", ".join(sorted({str(row["seed"]) for row in rows if row.get("seed") is not None}))
     if model := primary["model"]:
         facts["the model itself"] = f"{model['text']} ({model['label']}, {model['nfe']:g} calls)"
-    if primary["floor"]:
-        facts["real test set"] = f"{primary['floor']:.3g}"
+    for floor in map(Floor.of_record, data["floors"]):
+        name, _, value = floor_text(floor).rpartition(": ")
+        facts[name[0].lower() + name[1:]] = value
     items = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items() if v)
     return "\n".join(items)
 
@@ -184,10 +188,10 @@ def _cell(point: Mapping[str, Any] | None, metric: str) -> str:
     entry = point["metrics"][metric]
     value, _, half = entry["text"].partition(" \N{PLUS-MINUS SIGN} ")
     half = f" <small>\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}{half}</small>" if half else ""
-    signs = ("\N{DAGGER}" if point["untrained"] else "") + ("\N{DOUBLE DAGGER}" if point["tuned"] else "")
-    below = "\N{WHITE DOWN-POINTING SMALL TRIANGLE}" if entry["below_model"] else ""
-    kind = " ".join(filter(None, [entry["mark"], "below" if below else ""]))
-    return f'<td class="{kind}"><span>{value}</span>{half}<sup>{signs}{below}</sup></td>'
+    marked = ((UNTRAINED, point["untrained"]), (TUNED, entry["tuned"]), (BEYOND, entry["below_model"]))
+    signs = "".join(sign for sign, holds in marked if holds)
+    kind = " ".join(filter(None, [entry["mark"], "below" if entry["below_model"] else ""]))
+    return f'<td class="{kind}"><span>{value}</span>{half}<sup>{signs}</sup></td>'
 
 
 def _plain_table(data: Mapping[str, Any]) -> str:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from bench.extractors import load_any_extractor
-from bench.features import FeatureExtractor, load_extractor, load_statistics, moments_hash
-from bench.metrics import FrechetReference, Moments, frechet_distance
-from bench.reference import judge_parts, load_reference_samples, reference_features, reference_of
+from bench.features import STATISTICS, FeatureExtractor, load_extractor, load_statistics
+from bench.floor import Floor, floor_of_halves, floor_of_moments, floor_of_samples, most_rows
+from bench.metrics import FrechetReference
+from bench.reference import judge_parts, load_reference_samples, reference_features, reference_of, some_images
 from bench.shipped import ASSETS
 from distill.checkpoint import read_json
 from distill.documents import Strict
 
 DIGITS = (1, 28, 28)
 FEATURES, MOMENTS = "features", "statistics"  # folders of a judge
-SAMPLES = ASSETS / "mnist-reference"
+SAMPLES, TEST_SAMPLES = ASSETS / "mnist-reference", ASSETS / "mnist-test"
+FOLDER_SAMPLES, FOLDER_TEST_SAMPLES = "samples", "test-samples"  # the same of a judge's folder
 CACHE = Path.home() / ".cache" / "fewstep"
 
 
@@ -46,8 +49,9 @@ class Judge:
         metric: the column's name; a distance that is not on Inception-v3 features is never called FID.
         features: samples (N, ...) to features (N, d).
         reference: the moments they are compared with.
-        floor: distance of the reference from an independent set of real data (0 where the reference is exact).
         hashes: what identifies extractor and reference.
+        floors: the floors of the distance at a number of samples, see `bench.floor`; none where no real data is at hand.
+        about: what a reader of a table needs to know of it: extractor, reference with its split, rounding.
         classify: samples to class labels (N,), where there are classes.
         probabilities: samples to the probabilities of the classes (N, classes), likewise.
         samples: gives the features (M, d) of reference samples, for the metrics that compare with those.
@@ -56,8 +60,9 @@ class Judge:
     metric: str
     features: Callable[[Tensor], np.ndarray]
     reference: FrechetReference
-    floor: float
     hashes: dict[str, str]
+    floors: Callable[[int], tuple[Floor, ...]] = lambda count: ()
+    about: Mapping[str, Any] = field(default_factory=dict)
     classify: Callable[[Tensor], np.ndarray] | None = None
     probabilities: Callable[[Tensor], np.ndarray] | None = None
     samples: Callable[[], np.ndarray] | None = None
@@ -83,41 +88,71 @@ def judge_of(spec: JudgeSpec, shape: tuple[int, ...], samples: int, device: str)
     extractor = load_any_extractor(spec.extractor, device, (shape[0], shape[1], shape[2]))
     train = reference_of(extractor, spec.reference, CACHE)
     test = reference_of(extractor, spec.test, CACHE, "test") if spec.test else None
-    parts = judge_parts(extractor, train, test, samples)
-    floor = parts["floor"] or 0.0
-    rows = lru_cache(maxsize=1)(lambda: reference_features(extractor, spec.reference, CACHE))
-    return Judge(**{**parts, "floor": floor}, samples=rows)
+    parts = judge_parts(extractor, train, samples)
+
+    def floors(count: int) -> tuple[Floor, ...]:
+        """Of the images that the floors look at, features are computed and kept; of statistics nothing but the whole is known."""
+        found, rows = [], most_rows(count, extractor.dims)
+        if test is not None and (images := some_images(spec.test, rows)) is not None:
+            features = reference_features(extractor, images, CACHE, "test")
+            found.append(floor_of_samples(features, parts["reference"], count))
+        elif test is not None:
+            found.append(floor_of_moments(test, parts["reference"]))
+        if (images := some_images(spec.reference, rows)) is not None and len(images) >= 4:
+            found.append(floor_of_halves(reference_features(extractor, images, CACHE), count))
+        return tuple(found)
+
+    about = {"reference": {"data": spec.reference, "split": "train", "images": train.count}, "test": spec.test or None}
+    return Judge(
+        **{**parts, "about": {**parts["about"], **about}},
+        floors=lru_cache(floors),
+        samples=lru_cache(maxsize=1)(lambda: reference_features(extractor, spec.reference, CACHE)),
+    )
 
 
 @lru_cache(maxsize=2)
 def digit_judge(device: str) -> Judge:
     """The shipped judge of MNIST's digits: a classifier's features against the training set's statistics."""
-    extractor = load_extractor("mnist_cnn", device)
-    judge = _judge(extractor, *(load_statistics("mnist", split, extractor) for split in ("train", "test")))
-    hashes = {**judge.hashes, "samples": str(read_json(SAMPLES / "config.json")["hash"])}
-    samples = lru_cache(maxsize=1)(lambda: load_reference_samples(SAMPLES, extractor))
-    return replace(judge, hashes=hashes, samples=samples)
+    return _judge(load_extractor("mnist_cnn", device), STATISTICS["mnist"], SAMPLES, TEST_SAMPLES)
 
 
 @lru_cache(maxsize=2)
 def folder_judge(folder: Path, device: str) -> Judge:
     """A judge made for other images: `folder/features` is an extractor, `folder/statistics` has the splits train and test.
 
+    Features of images of the splits may lie in `folder/samples` and `folder/test-samples`, as
+    `bench.reference.save_reference_samples` writes them: they are what further metrics and the floors are made of.
+
     Raises:
         distill.checkpoint.CheckpointError: either cannot be used, or they do not belong together.
     """
     extractor = load_extractor(folder / FEATURES, device)
-    return _judge(extractor, *(load_statistics(folder / MOMENTS, split, extractor) for split in ("train", "test")))
+    return _judge(extractor, folder / MOMENTS, folder / FOLDER_SAMPLES, folder / FOLDER_TEST_SAMPLES)
 
 
-def _judge(extractor: FeatureExtractor, train: Moments, test: Moments) -> Judge:
-    reference = FrechetReference(train)
+def _judge(extractor: FeatureExtractor, statistics: Path, samples: Path, test_samples: Path) -> Judge:
+    """A judge on files, of which those of samples may be absent."""
+    train, test = (load_statistics(statistics, split, extractor) for split in ("train", "test"))
+    parts = {**judge_parts(extractor, train, 1), "metric": f"fd_{extractor.name}"}  # of no network that FID is on
+    of_reference, of_test = (
+        lru_cache(maxsize=1)(lambda folder=folder: load_reference_samples(folder, extractor))
+        if folder.exists()
+        else None
+        for folder in (samples, test_samples)
+    )
+
+    def floors(count: int) -> tuple[Floor, ...]:
+        reference = parts["reference"]
+        whole = floor_of_samples(of_test(), reference, count) if of_test else floor_of_moments(test, reference)
+        return (whole, floor_of_halves(of_reference(), count)) if of_reference else (whole,)
+
+    hashes = dict(parts["hashes"])
+    if of_reference:
+        hashes["samples"] = str(read_json(samples / "config.json")["hash"])
+    splits = read_json(statistics / "config.json")["splits"]
+    about = {"reference": {"split": "train", **splits["train"]}, "test": {"split": "test", **splits["test"]}}
     return Judge(
-        metric=f"fd_{extractor.name}",
-        features=extractor.features,
-        reference=reference,
-        floor=frechet_distance(test, reference),
-        hashes={"extractor": extractor.hash, "reference": moments_hash(train)},
-        classify=extractor.classify,
-        probabilities=extractor.probabilities,
+        **{**parts, "hashes": hashes, "about": {**parts["about"], **about}},
+        floors=lru_cache(floors),
+        samples=of_reference,
     )

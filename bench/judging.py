@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from bench.intervals import Distance
-from bench.metrics import GAUSSIAN_KL, frechet_infinity, gaussian_kl
-from bench.moments import Moments
+from bench.metrics import GAUSSIAN_KL, frechet_infinity, gaussian_kl_interval
 from bench.sample_metrics import inception_score, kid, manifold_metrics, sliced_wasserstein
 from bench.solver_error import feature_error, psnr, rmse
 from samplers.errors import unknown
@@ -79,10 +77,17 @@ def _of_features(figure: Callable[..., Figures]) -> Callable[[Arrays, Any], Figu
     return compute
 
 
+def _infinity(arrays: Arrays, judge: Any) -> Distance:
+    """With as many halvings as the samples allow, three at most."""
+    features = arrays["features"]
+    enough = len(features) > features.shape[1] << 3
+    return frechet_infinity(features, judge.reference, halvings=3 if enough else 2)
+
+
 def _own() -> tuple[Metric, ...]:
     square, feature = frozenset({"square_error"}), frozenset({"feature_error"})
     return (
-        Metric("fd_infinity", lambda arrays, judge: frechet_infinity(arrays["features"], judge.reference)),
+        Metric("fd_infinity", _infinity),
         Metric("kid", _of_features(kid)),
         Metric("manifold", _of_features(manifold_metrics), higher_is_better=True),
         Metric("swd", _of_features(sliced_wasserstein)),
@@ -92,16 +97,8 @@ def _own() -> tuple[Metric, ...]:
             frozenset({"probabilities"}),
             higher_is_better=True,
         ),
-        Metric(
-            GAUSSIAN_KL,
-            lambda arrays, judge: _exact(gaussian_kl(Moments.of(arrays["features"]), judge.reference.moments)),
-        ),
+        Metric(GAUSSIAN_KL, lambda arrays, judge: gaussian_kl_interval(arrays["features"], judge.reference.moments)),
         Metric("rmse", lambda arrays, judge: rmse(arrays["square_error"]), square),
         Metric("psnr", lambda arrays, judge: psnr(arrays["square_error"]), square, higher_is_better=True),
         Metric("feature_error", lambda arrays, judge: feature_error(arrays["feature_error"]), feature),
     )
-
-
-def _exact(value: float) -> Distance:
-    """A figure whose standard error is not known."""
-    return Distance(value, math.nan, math.nan, math.nan, 0)

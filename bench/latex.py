@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from bench.floor import Floor
 from bench.ranking import BEYOND, TUNED, UNTRAINED, Best
-from bench.table import Layout, halves, layout, marks, notes
+from bench.table import OWN, Layout, halves, layout, marks, notes
 
 Row = dict[str, Any]
 _MATHEMATICAL = {UNTRAINED: r"\dagger", BEYOND: r"\ddagger", TUNED: r"\S"}
@@ -28,24 +29,25 @@ _ESCAPED = {
 _SPECIAL = re.compile("|".join(map(re.escape, _ESCAPED)))
 
 
-def latex(rows: Sequence[Row], floor: float, title: str, note: str = "") -> str:
+def latex(rows: Sequence[Row], floors: Sequence[Floor], title: str, note: str = "") -> str:
     r"""A `table` of the primary metric: the best in bold, ties underlined, half intervals as subscripts, notes below.
 
     Needs `\usepackage{booktabs}`.
 
     Args:
-        rows, floor, title, note: as of `bench.table.markdown`; the title is the caption.
+        rows, floors, title, note: as of `bench.table.markdown`; the title is the caption.
     """
     shown = layout(rows)
-    head = " & ".join(["sampler", *(f"{n}" for n in shown.budgets)])
+    last = [OWN] if shown.own else []
+    head = " & ".join(["sampler", *(f"{n}" for n in shown.budgets), *last])
     lines = [
         r"% needs \usepackage{booktabs}",
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{escaped(title)}}}",
-        rf"\begin{{tabular}}{{l{'r' * len(shown.budgets)}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(shown.budgets) + len(last))}}}",
         r"\toprule",
-        rf" & \multicolumn{{{len(shown.budgets)}}}{{c}}{{network calls}} \\",
+        rf" & \multicolumn{{{len(shown.budgets)}}}{{c}}{{network calls}}{' &' * len(last)} \\",
         rf"{head} \\",
         r"\midrule",
         *(rf"{_line(shown, label)} \\" for label in shown.labels),
@@ -53,7 +55,7 @@ def latex(rows: Sequence[Row], floor: float, title: str, note: str = "") -> str:
         r"\end{tabular}",
         r"\par\smallskip",
         r"\begin{minipage}{0.95\linewidth}\footnotesize",
-        *(rf"{escaped(line)}\par" for line in notes(rows, floor, note, best="Bold", tied="underlined")),
+        *(rf"{escaped(line)}\par" for line in notes(rows, floors, note, best="Bold", tied="underlined")),
         r"\end{minipage}",
         r"\end{table}",
     ]
@@ -66,7 +68,18 @@ def escaped(text: str) -> str:
 
 
 def _line(shown: Layout, label: str) -> str:
-    return " & ".join([escaped(shown.name(label)), *(_cell(shown, label, n) for n in shown.budgets)])
+    own = [_own(shown, label)] if shown.own else []
+    return " & ".join([escaped(shown.name(label)), *(_cell(shown, label, n) for n in shown.budgets), *own])
+
+
+def _own(shown: Layout, label: str) -> str:
+    if label not in shown.own:
+        return ""
+    return f"${_number(*halves(shown.own[label]))}$"
+
+
+def _number(value: str, half: str) -> str:
+    return value + (rf"_{{\pm {half}}}" if half else "")
 
 
 def _cell(shown: Layout, label: str, budget: int) -> str:
@@ -76,7 +89,7 @@ def _cell(shown: Layout, label: str, budget: int) -> str:
     if row["status"] != "done":
         return "failed" if row["status"] == "failed" else "--"
     value, half = halves(row)
-    number = _emphasised(value, label, shown.best[budget]) + (rf"_{{\pm {half}}}" if half else "")
+    number = _number(_emphasised(value, label, shown.best[budget]), half)
     beside = "".join(_MATHEMATICAL[mark] for mark in marks(row, (label, budget) in shown.beyond))
     return f"${number}{f'^{{{beside}}}' if beside else ''}$"
 

@@ -20,7 +20,7 @@ from bench.judging import Arrays, Metric
 from bench.metrics import Distance, frechet_interval
 from bench.network import Network
 from bench.overlap import Fetch, SamplingStream, pipelined
-from bench.provenance import energy_joules, peak_memory_mb
+from bench.provenance import energy_joules, peak_memory_mb, reset_peak_memory
 from bench.students import run_network
 from bench.suite import SamplerSpec
 from bench.workers import Workers
@@ -41,6 +41,10 @@ FILMED, MOST_FRAMES = 8, 200  # samples whose way is shown, and states that are 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
+class OutOfTimeError(Exception):
+    """The time that a run was given is over; finished batches are kept."""
+
+
 @dataclass(frozen=True)
 class Running:
     """How cells are sampled, beside what the suite says; none of it changes a sample beyond rounding.
@@ -52,6 +56,7 @@ class Running:
         share_first_call: whether cells that start from the same noise at the same time share the first call's answer.
         workers: the processes among which batches are divided.
         overlap: whether a batch is judged after the next one was begun, which an accelerator then samples meanwhile.
+        deadline: of `time.monotonic`, after which no batch is begun.
     """
 
     device: str
@@ -60,6 +65,7 @@ class Running:
     share_first_call: bool = False
     workers: Workers = field(default_factory=Workers)
     overlap: bool = False
+    deadline: float = math.inf
 
 
 def measure(
@@ -81,6 +87,7 @@ def measure(
     Raises:
         SamplingError: the cell's samples cannot be had: the network gives NaN, the budget does not suffice, or one sample
             does not fit into memory. What is known of the others is kept.
+        OutOfTimeError: the deadline came before the last batch.
         bench.workers.WorkerLostError: another process is gone.
     """
     arrays = sampled(cell, running, blocks, advance, solution)
@@ -94,17 +101,12 @@ def measure(
 
 
 def sampled(
-    cell: Cell,
-    running: Running,
-    blocks: Blocks,
-    advance: Advance = lambda _: None,
-    solution: Arrays | None = None,
+    cell: Cell, running: Running, blocks: Blocks, advance: Advance = lambda _: None, solution: Arrays | None = None
 ) -> Arrays:
     """The arrays of a cell, after sampling what is missing; arguments and errors as in `measure`."""
     if running.workers.leads:
         blocks.check()
-    if running.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(running.device)
+    reset_peak_memory(running.device)
     running.workers.gathered(None)  # nobody reads a block that is being removed
     missing = blocks.missing(cell.num_samples, running.batch_size)
     running.workers.gathered(None)  # all have looked before one of them writes
@@ -112,6 +114,8 @@ def sampled(
     problems = [text for text in running.workers.gathered(problem) if text]
     if problems:
         raise SamplingError(problems[0])
+    if running.deadline < math.inf and running.workers.agreed(bool(blocks.missing(cell.num_samples, cell.num_samples))):
+        raise OutOfTimeError("the run's time is over")
     return {name: blocks.rows(name) for name in arrays_of(cell)}
 
 
@@ -195,7 +199,10 @@ class _Batches:
     limit: int
 
     def begin(self, batch: range) -> _Begun | None:
-        """Begin to sample a batch; None where it was put back into the queue."""
+        """Begin to sample a batch; None where it was put back into the queue, or time is over and the queue is emptied."""
+        if time.monotonic() > self.running.deadline:
+            self.queue.clear()
+            return None
         if len(batch) > self.limit:
             self.queue[:0] = [batch[: self.limit], batch[self.limit :]]
             return None
@@ -348,7 +355,8 @@ def _row(cell: Cell, running: Running, blocks: Blocks, arrays: Arrays) -> Row:
         "status": "done",
         "nfe": math.ceil(blocks.total("calls") / count),
         "evaluations": round(blocks.total("evaluations") / count, 4),
-        **_under_guidance(cell, blocks),
+        "sequential_calls": math.ceil(blocks.total("depth") / count),
+        **({} if cell.evaluations is None else {"guided_evaluations": cell.evaluations[1]}),
         **_fields(distance),
         **({"metrics": further} if further else {}),
         "label_agreement": _agreement(cell, arrays),
@@ -365,14 +373,6 @@ def _row(cell: Cell, running: Running, blocks: Blocks, arrays: Arrays) -> Row:
         **({"overlapped": True} if running.overlap else {}),
         "measured_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _under_guidance(cell: Cell, blocks: Blocks) -> Row:
-    """Columns of a cell under guidance: the calls that wait for each other, and the evaluations at points that are guided."""
-    if cell.guidance is None:
-        return {}
-    depth: Row = {"sequential_calls": math.ceil(blocks.total("depth") / cell.num_samples)}
-    return depth if cell.evaluations is None else {**depth, "guided_evaluations": cell.evaluations[1]}
 
 
 def _figures(metric: Metric, arrays: Arrays, judge: Judge) -> dict[str, Row]:

@@ -6,10 +6,12 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.compare import shown
+from bench.floor import TEST, Floor
 from bench.ranking import aggregated, check_comparable
 from bench.report import write_tables
 from bench.results import cells_of, read_rows
@@ -44,14 +46,15 @@ def merge(folders: Sequence[Path], out: Path) -> list[Row]:
         raise FileExistsError(f"{out} is not empty; merge writes a new folder")
     rows, cells = _merged_rows(folders), _merged_cells(folders)
     made = [_provenance(folder) for folder in folders]
-    floor = next((one["floor"] for one in made if one.get("floor")), 0.0) or _shipped_floor(rows)
+    floors = _floors(made, rows)
     for key, path in cells.items():
         write_text(out / "cells" / f"{key}.json", path.read_text())
     _copy_pictures(folders, out / "samples")
-    record = {"merged": [{"folder": str(f), **one} for f, one in zip(folders, made, strict=True)], "floor": floor}
+    record: Row = {"merged": [{"folder": str(f), **one} for f, one in zip(folders, made, strict=True)]}
+    record["floors"] = [asdict(floor) for floor in floors]
     write_text(out / "provenance.json", json.dumps(record, indent=1) + "\n")
     said = dict.fromkeys(one["suite"].get("note", "") for one in made if isinstance(one.get("suite"), dict))
-    write_tables(rows, floor, _title(rows), "; ".join(note for note in said if note), out)
+    write_tables(rows, floors, _title(rows), "; ".join(note for note in said if note), out)
     return rows
 
 
@@ -135,15 +138,20 @@ def _provenance(folder: Path) -> Row:
     return made if isinstance(made, dict) else {}
 
 
-def _shipped_floor(rows: Sequence[Row]) -> float:
-    """The floor of the shipped judge where it is the one that judged them, which folders of earlier versions do not state."""
+def _floors(made: Sequence[Row], rows: Sequence[Row]) -> tuple[Floor, ...]:
+    """The floors that a folder states; for earlier ones the shipped judge's, or that of all data, which they state."""
     from bench.judge import digit_judge
 
-    hashes = next((row["hashes"] for row in rows if "hashes" in row), None)
-    if not hashes or "extractor" not in hashes:
-        return 0.0
+    stated = next((one["floors"] for one in made if one.get("floors")), None)
+    if stated is not None:
+        return tuple(map(Floor.of_record, stated))
+    first = next((row for row in rows if "extractor" in row.get("hashes", {})), None)
     judge = digit_judge("cpu")
-    return judge.floor if judge.hashes == hashes else 0.0
+    if first is not None and all(
+        judge.hashes[part] == first["hashes"].get(part) for part in ("extractor", "reference")
+    ):
+        return judge.floors(first["num_samples"])
+    return tuple(Floor(TEST, 0, one["floor"]) for one in made if one.get("floor"))[:1]
 
 
 def _title(rows: Sequence[Row]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 
 from bench.features import quantise
-from bench.ranking import TUNED, aggregated, interval
+from bench.floor import Floor
+from bench.ranking import TUNED, aggregated, interval, tuned_here
 
 Row = dict[str, Any]
 # Okabe & Ito 2008: told apart by colour-blind readers; with a marker each also in grey print
@@ -25,10 +27,11 @@ _COLUMNS = 10
 _ENLARGE, _SMALL = 2, 64  # how much, and up to which side in pixels
 _COMPRESSION = 4  # of PNG: on samples as small as 6, for less than half of the time
 _FRAME, _LAST_FRAME = 120, 1500  # milliseconds
+_TITLE = 52  # letters a line that the axes are wide enough for
 _SCATTER, _DOT = 480, 1.5  # pixels: side of the picture, radius of a point
 
 
-def save_frontier(rows: Sequence[Row], floor: float, title: str, *paths: Path) -> None:
+def save_frontier(rows: Sequence[Row], floors: Sequence[Floor], title: str, *paths: Path) -> None:
     """Distance against network calls on logarithmic axes, one line a sampler, with 95 % intervals; seeds are averaged.
 
     Students are dashed lines between large open markers; a cross is a number of calls that one was not trained for. The same
@@ -36,7 +39,7 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, *paths: Path) -
 
     Args:
         rows: of a run; failed ones are left out.
-        floor: distance of real test data; drawn where it is positive.
+        floors: of the distance; the first is drawn where it is positive.
         title: above the plot.
         paths: of the files, each of which has its suffix's format, such as .png or .svg.
     """
@@ -52,7 +55,7 @@ def save_frontier(rows: Sequence[Row], floor: float, title: str, *paths: Path) -
         figure, axes = plt.subplots(figsize=(7.0, max(4.6, 1.4 + _ENTRY * (len(labels) + 2))), dpi=200)
         for k, label in enumerate(labels):
             _draw_line(axes, [row for row in done if row["label"] == label and row["role"] == "sampler"], k)
-        _draw_levels(axes, done, floor)
+        _draw_levels(axes, done, floors)
         mine = [row for row in rows if row["role"] == "sampler"]
         _finish(
             axes, done, sorted({row["budget"] for row in mine} | {_asked(row) for row in mine if _guided(row)}), title
@@ -86,7 +89,7 @@ def _draw_line(axes: Any, rows: Sequence[Row], k: int) -> None:
     style = line_style(k)
     if "trained" in mine[0]:
         style |= _STUDENT
-    name = mine[0]["label"] + (TUNED if any(row.get("tuned") for row in mine) else "")
+    name = mine[0]["label"] + (TUNED if any(map(tuned_here, mine)) else "")
     axes.errorbar(x, y, yerr=reach, label=name, capsize=2.5, linewidth=1.4, elinewidth=1.0, **style)
     untrained = [(row["nfe"], row["value"]) for row in mine if row.get("trained") is False]
     if untrained:
@@ -102,13 +105,14 @@ def _asked(row: Row) -> float:
     return row["evaluations"] if _guided(row) else row["nfe"]
 
 
-def _draw_levels(axes: Any, done: Sequence[Row], floor: float) -> None:
+def _draw_levels(axes: Any, done: Sequence[Row], floors: Sequence[Floor]) -> None:
     for row in done:
         if row["role"] == "teacher":
             name = f"model ({row['label']}, {row['nfe']} calls)"
             axes.axhline(row["value"], color="0.35", linestyle="--", linewidth=1.0, label=name)
-    if floor > 0:
-        axes.axhline(floor, color="0.6", linestyle=":", linewidth=1.2, label="real test set")
+    for floor in (one for one in floors[:1] if one.value > 0):
+        name = f"floor at {floor.count} samples" if floor.count else "floor"
+        axes.axhline(floor.value, color="0.6", linestyle=":", linewidth=1.2, label=name)
 
 
 def _finish(axes: Any, done: Sequence[Row], ticks: Sequence[float], title: str) -> None:
@@ -120,8 +124,8 @@ def _finish(axes: Any, done: Sequence[Row], ticks: Sequence[float], title: str) 
         yscale="log",
         xlabel=f"network {'evaluations' if any(map(_guided, done)) else 'calls'} per sample (NFE)",
         ylabel=done[0]["metric"] if done else "",
-        title=title,
     )
+    axes.set_title("\n".join(textwrap.fill(line, _TITLE) for line in title.splitlines()), fontsize=10)
     axes.set_xticks(ticks, [f"{n:g}" for n in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,31 @@ from bench.suite import Suite
 from bench.zoo import BenchModel
 
 Row = dict[str, Any]
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # of Linux
+_RESET = "5"  # of the peak, see proc(5)
+
+
+def reset_peak_memory(device: str) -> None:
+    """Let `peak_memory_mb` begin anew, where the system allows it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        with suppress(OSError):  # a container may not let a process do it
+            _CLEAR.write_text(_RESET)
 
 
 def peak_memory_mb(device: str) -> float:
-    """Peak resident memory of the process so far, or of the accelerator's allocator."""
+    """Peak memory since `reset_peak_memory`: of an accelerator's allocator, else resident memory of the process with all of it.
+
+    A process keeps memory that it has given back to its own allocator, so that the peak of a cell depends on those before it.
+    Where the peak cannot be reset, it is that since the process began.
+    """
     if torch.device(device).type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    status = _STATUS.read_text() if _STATUS.exists() else ""
+    peaks = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")]
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    return round((peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / unit, 1)
 
 
 def energy_joules(device: str) -> float:
@@ -44,11 +62,15 @@ def energy_joules(device: str) -> float:
 
 
 def provenance(suite: Suite, model: BenchModel, device: str, rows: Sequence[Row]) -> Row:
-    """What a reader needs to repeat the run: the resolved suite, hashes, versions, machine, time and memory."""
+    """What a reader needs to repeat the run: the resolved suite, model (with its averaging) and judge (with the split of its
+    reference, its extractor and its rounding), hashes, versions, machine, time and memory.
+    """
     done = [row for row in rows if row["status"] == "done"]
     return {
         "suite": suite.model_dump(),
         "model_hash": model.hash,
+        "model": {"name": model.name, **model.info},
+        "judge": {"metric": model.judge.metric, **model.judge.about},
         "hashes": model.judge.hashes,
         "code": code_fingerprint(),
         "dtype": model.dtype,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -167,25 +166,32 @@ def best_of(rows: Sequence[Row]) -> dict[int, Best]:
     return found
 
 
-def beyond_model(rows: Sequence[Row]) -> set[tuple[str, int]]:
-    """Label and budget of the rows that are better than the many-step run of the same model.
+def own_model(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The many-step run of the row's model under the row's guidance, whose distance is the model's own error.
 
     A student has none of its own, and is compared with the only one that there is. Under guidance a model is another one.
+
+    Args:
+        row: of a sampler or a student.
+        rows: of the run, or those of one seed.
     """
-    many = [row for row in rows if row["role"] == "teacher" and row["status"] == "done"]
-    own = {(row.get("model_hash"), row.get("guidance")): cost_of(row) for row in many}
-    only = {row.get("guidance"): cost_of(row) for row in many} if len(own) == 1 else {}
-    return {
-        (row["label"], row["budget"])
-        for row in measured(rows)
-        if cost_of(row) < own.get((row.get("model_hash"), row.get("guidance")), _of_another(row, many, only))
-    }
+    many = [other for other in rows if other["role"] == "teacher" and other["status"] == "done"]
+    same = [other for other in many if other.get("model_hash") == row.get("model_hash")]
+    if not same and len({(other.get("model_hash"), other.get("guidance")) for other in many}) == 1:
+        same = many
+    return next((other for other in same if other.get("guidance") == row.get("guidance")), None)
 
 
-def _of_another(row: Row, many: Sequence[Row], only: Mapping[Any, float]) -> float:
-    """The many-step run of another model that a row is compared with, where it is the only one; of its own model, none."""
-    same = any(other.get("model_hash") == row.get("model_hash") for other in many)
-    return -math.inf if same else only.get(row.get("guidance"), -math.inf)
+def beyond_model(rows: Sequence[Row]) -> set[tuple[str, int]]:
+    """Label and budget of the rows that are better than `own_model`."""
+    found = ((row, own_model(row, rows)) for row in measured(rows))
+    return {(row["label"], row["budget"]) for row, many in found if many is not None and cost_of(row) < cost_of(many)}
+
+
+def tuned_here(row: Row) -> str:
+    """On what a row's sampler was tuned, where that is what judges it in this table; else ""."""
+    among = row.get("tuned_metrics")
+    return row.get("tuned", "") if not among or row["metric"] in among else ""
 
 
 def chances_of_first(values: Sequence[float], errors: Sequence[float]) -> list[float]:

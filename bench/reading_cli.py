@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,26 +18,37 @@ _METRIC = click.option("--metric", help="A metric of the table; by default its p
 
 @click.command()
 @click.option("--budget", type=click.IntRange(min=1), required=True, help="Network calls that a sample may take.")
-@click.option("--results", type=_PATH, help="Results folder; by default results/MODEL, as shipped for mnist.")
+@click.option(
+    "--results", type=_PATH, help="Results folder; by default the newest of results/MODEL and results/MODEL-SAMPLES."
+)
 @click.option("--model", help="Whose results to read, and on whose schedule the plan is made; by default mnist.")
 @_METRIC
-@click.option("--out", type=_PATH, help="JSON file for the sampler's plan.")
+@click.option("--out", type=_PATH, help="JSON file for the sampler's plan; by default SAMPLER-CALLS.json, here.")
 @plain_errors
 def pick(budget: int, results: Path | None, model: str | None, metric: str | None, out: Path | None) -> None:
     """Say which sampler to use within a BUDGET of network calls, by measured results, and how sure that is."""
     from bench.ranking import choose
     from bench.results import read_rows
 
-    rows = read_rows(results or _results_of(model or "mnist"))
+    source = results or _results_of(model or "mnist")
+    rows = read_rows(source)
     mine = [row for row in rows if row.get("model") == model]  # of several models in one table
     choice = choose(mine or rows, budget, metric)
     _show_choice(choice, mine or rows, budget)
-    if out is not None:
-        from bench.store import write_text
-
+    click.echo(f"by the results in {source}")
+    try:
         plan, remark = _plan(choice.row, model or choice.row["model"])
-        write_text(out, plan.to_json() + "\n")
-        click.echo(f"plan: {out}{remark}")
+    except ValueError as error:  # a CheckpointError is one too
+        if out is not None:
+            raise
+        click.echo(f"no plan is written: {error}")
+        return
+    from bench.store import write_text
+
+    name = re.sub(r"[^\w.+-]+", "-", f"{choice.row['label']}-{choice.row['nfe']}").strip("-.")
+    file = out or Path(f"{name}.json")
+    write_text(file, plan.to_json() + "\n")
+    click.echo(f"plan: {file}{remark}")
 
 
 @click.command()
@@ -78,7 +90,12 @@ def merge(folders: tuple[Path, ...], out: Path) -> None:
 @click.option("--count", type=click.IntRange(min=2), help="Samples behind the claim, where that is known.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Of the claimant; by default usual ones are tried.")
 @click.option("--judge", type=_PATH, help="Folder of a judge; by default the shipped one, of digits.")
-@click.option("--also", type=_PATH, multiple=True, help="Folder of a judge that may be behind the claim; repeatable.")
+@click.option("--extractor", help="Instead of --judge: inception:FILE, dinov2:FOLDER, or pixels; with --reference.")
+@click.option("--reference", help="Real images for --extractor: a folder, zip, npz or Parquet file, or statistics.")
+@click.option("--test", default="", help="Real images of another split, which may be behind the claim.")
+@click.option(
+    "--also", multiple=True, help="Judge that may be behind the claim: a folder, or an extractor; repeatable."
+)
 @click.option("--row", "label", help="Of a table: the sampler's row.")
 @click.option("--budget", type=click.IntRange(min=1), help="Of a table: the column.")
 @plain_errors
@@ -88,7 +105,10 @@ def doctor(
     count: int | None,
     batch_size: int | None,
     judge: Path | None,
-    also: tuple[Path, ...],
+    extractor: str | None,
+    reference: str | None,
+    test: str,
+    also: tuple[str, ...],
     label: str | None,
     budget: int | None,
 ) -> None:
@@ -98,29 +118,58 @@ def doctor(
     """
     from bench.doctor import Claim, examine, examine_row, load_examiner
 
-    stated, examiner = Claim.of(claim, count), load_examiner(judge)
-    table = source.suffix == ".csv" or (source / "table.csv").is_file()
-    if table:
+    stated, given = Claim.of(claim, count), _judge_of(judge, extractor, reference, test)
+    if source.suffix == ".csv" or (source / "table.csv").is_file():
         row, rows = _row_of(source, label, budget)
         click.echo(f"{row['label']} at {row['budget']}: {row['metric']} of {row['num_samples']} samples, a table's row")
-        findings = list(examine_row(row, rows, stated, examiner))
-    else:
-        if label is not None or budget is not None:
-            raise ValueError("--row and --budget are for a table.csv; SOURCE has images")
-        from bench.data import load_images
+        examiner = load_examiner(given)
+        return _show_findings(list(examine_row(row, rows, stated, examiner)), stated, row["metric"])
+    if label is not None or budget is not None:
+        raise ValueError("--row and --budget are for a table.csv; SOURCE has images")
+    from bench.data import load_images
+    from bench.metrics import metric_name
 
-        images = load_images(source).images
-        click.echo(_seen(images, examiner.extractor.shape))
-        findings = list(examine(images, stated, examiner, [load_examiner(folder) for folder in also], batch_size))
-    _show_findings(findings, stated, examiner.extractor.name)
+    images = load_images(source).images
+    examiner = load_examiner(given, images.shape[1:])
+    others = [load_examiner(_other_judge(name, reference, test), images.shape[1:]) for name in also]
+    click.echo(_seen(images, examiner.extractor.shape))
+    findings = list(examine(images, stated, examiner, others, batch_size))
+    _show_findings(findings, stated, metric_name(examiner.extractor.name, len(images)))
+
+
+def _judge_of(folder: Path | None, extractor: str | None, reference: str | None, test: str) -> Any:
+    """What `bench.doctor.load_examiner` takes."""
+    from bench.judge import JudgeSpec
+
+    if extractor is None and reference is None:
+        if test:
+            raise ValueError("--test is for --extractor and --reference; the folder of a judge has its own")
+        return folder
+    if folder is not None:
+        raise ValueError("--judge is a whole judge: give it, or --extractor and --reference")
+    if extractor is None or reference is None:
+        missing = "--extractor" if extractor is None else "--reference"
+        raise ValueError(f"a judge is an extractor and real images: give {missing} too")
+    return JudgeSpec(extractor=extractor, reference=reference, test=test)
+
+
+def _other_judge(name: str, reference: str | None, test: str) -> Any:
+    """A judge's folder, or an extractor on the same real images."""
+    from bench.judge import FEATURES
+
+    if reference is None or (Path(name) / FEATURES).is_dir():
+        return Path(name)
+    return _judge_of(None, name, reference, test)
 
 
 def _results_of(model: str) -> Path:
-    """results/MODEL here, or as it is shipped."""
-    here, shipped = Path("results") / model, _ROOT / "results" / model
-    if not here.exists() and not shipped.exists():
-        raise FileNotFoundError(f"there are no results of {model!r} in {here}; give --results FOLDER")
-    return here if here.exists() else shipped
+    """The newest of results/MODEL, and results/MODEL-SAMPLES as `fewstep bench` writes them, here; or what is shipped."""
+    for place in (Path("results"), _ROOT / "results"):
+        named = [path for path in place.glob("*") if re.fullmatch(re.escape(model) + r"(-\d+)?", path.name)]
+        tables = [path / "table.csv" for path in named if (path / "table.csv").is_file()]
+        if tables:
+            return max(tables, key=lambda path: path.stat().st_mtime).parent
+    raise FileNotFoundError(f"there are no results of {model!r} in {Path('results') / model}; give --results FOLDER")
 
 
 def _show_choice(choice: Any, rows: Sequence[Any], budget: int) -> None:
@@ -196,6 +245,7 @@ def _plan(row: Any, model: str) -> tuple[Any, str]:
     import hashlib
 
     from bench.cells import STUDENT
+    from bench.store import code_fingerprint
     from bench.zoo import load_network
     from samplers import make_plan
     from samplers.registry import get_sampler
@@ -203,13 +253,18 @@ def _plan(row: Any, model: str) -> tuple[Any, str]:
     if row["sampler"] == STUDENT:
         return load_network(row["model"], "cpu", "fp32").plans[row["nfe"]], ""
     if get_sampler(row["sampler"]).adaptive:
-        raise ValueError(f"{row['label']} chooses its steps while it runs and has no plan; leave --out away")
-    plan = make_plan(row["sampler"], load_network(model, "cpu", "fp32").model.schedule, **_arguments(row))
-    same = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16] == row.get("plan_hash")
-    return (
-        plan,
-        "" if same else f" (its hash is not the measured plan's: another model than {model}, version or processor)",
-    )
+        raise ValueError(f"{row['label']} chooses its steps while it runs and has no plan")
+    network = load_network(model, "cpu", "fp32")
+    plan = make_plan(row["sampler"], network.model.schedule, **_arguments(row))
+    if hashlib.sha256(plan.to_json().encode()).hexdigest()[:16] == row.get("plan_hash"):
+        return plan, ""
+    if network.hash != row.get("model_hash"):
+        why = f"that of a model other than {model}"
+    elif code_fingerprint() != row.get("code"):
+        why = "made by another version of fewstep, whose numbers may differ in their last digits"
+    else:
+        why = "made on another processor, whose numbers differ in their last digits"
+    return plan, f" (not bit for bit the measured plan, which was {why})"
 
 
 def _row_of(source: Path, label: str | None, budget: int | None) -> tuple[Any, list[Any]]:
@@ -230,19 +285,23 @@ def _row_of(source: Path, label: str | None, budget: int | None) -> tuple[Any, l
     return next(row for row in mine if row["budget"] == budget), rows
 
 
-def _seen(images: Any, shape: tuple[int, int, int]) -> str:
+def _seen(images: Any, shape: Any) -> str:
     count, channels, height, width = images.shape
     text = f"{count} images, {channels} x {height} x {width}, levels {images.min()} to {images.max()}"
-    return text if (height, width) == shape[1:] else f"{text}; {shape[1]} x {shape[2]} for the judge, bicubic"
+    return (
+        text
+        if shape == "any" or (height, width) == shape[1:]
+        else f"{text}; {shape[1]} x {shape[2]} for the judge, bicubic"
+    )
 
 
-def _show_findings(findings: Sequence[Any], claim: Any, extractor: str) -> None:
+def _show_findings(findings: Sequence[Any], claim: Any, metric: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     from bench.doctor import EXACT, NO, diagnosis
 
-    table = Table(title=f"fd_{extractor}, and the claim {claim.value:g}", title_justify="left")
+    table = Table(title=f"{metric}, and the claim {claim.value:g}", title_justify="left")
     for name in ("kind", "hypothesis"):
         table.add_column(name)
     for name in ("distance", "± 95 %", "- claim"):

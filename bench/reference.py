@@ -16,8 +16,8 @@ import torch
 from numpy.lib.format import open_memmap
 
 from bench.data import ImageData, load_images
-from bench.features import FORMAT, STATISTICS, Extractor, load_statistics, moments_hash, save_statistics
-from bench.metrics import FrechetReference, frechet_distance, metric_name
+from bench.features import FORMAT, ROUNDING, STATISTICS, Extractor, load_statistics, moments_hash, save_statistics
+from bench.metrics import FrechetReference, metric_name
 from bench.moments import Moments, MomentsAccumulator
 from distill.checkpoint import CheckpointError, content_hash, read_json, read_tensors, recover_folder, write_folder
 
@@ -45,7 +45,7 @@ def reference_of(
         distill.checkpoint.CheckpointError: statistics that are damaged, or of another extractor or number of features.
     """
     if not isinstance(data, ImageData):
-        if data in STATISTICS or (Path(data) / "moments.safetensors").is_file():
+        if _is_saved(data):
             return load_statistics(data, split, extractor)
         if _is_fid_statistics(Path(data)):
             return read_fid_statistics(data, extractor.dims)
@@ -99,6 +99,15 @@ def reference_features(
     if features.shape != shape or features.dtype != np.float32:
         raise CheckpointError(f"{file} must hold {shape} float32, got {features.shape} {features.dtype}; delete it")
     return features
+
+
+def some_images(data: str | Path, count: int) -> ImageData | None:
+    """At most `count` images of a data set, drawn at random, the same at each call; None where `data` says where moments are."""
+    if _is_saved(data) or _is_fid_statistics(Path(data)):
+        return None
+    images = load_images(data).images
+    drawn = np.random.Generator(np.random.Philox(0)).permutation(len(images))[:count]
+    return ImageData(images[np.sort(drawn)], None)
 
 
 def save_reference_samples(
@@ -164,25 +173,24 @@ def read_fid_statistics(path: str | Path, dims: int) -> Moments:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def judge_parts(extractor: Extractor, train: Moments, test: Moments | None, samples: int) -> dict[str, Any]:
+def judge_parts(extractor: Extractor, train: Moments, samples: int) -> dict[str, Any]:
     """What a `bench.judge.Judge` is made of, by the names of its fields.
 
     Args:
         extractor: turns samples into features.
         train: the reference.
-        test: of an independent set of real data, for the floor; None = none is at hand, and the floor is None.
-        samples: number that will be judged, which FID's name depends on.
+        samples: number that will be judged, which FID's name depends on; of no meaning for other extractors than Inception-v3.
 
     Raises:
         ValueError: the moments are of another number of features, or not of a covariance.
     """
-    reference = FrechetReference(train)
+    made_with = {"name": extractor.name, "hash": extractor.hash, **getattr(extractor, "info", {})}
     return {
-        "metric": metric_name(extractor.name, samples),
+        "metric": metric_name(extractor.name, max(samples, 1)),
         "features": extractor.features,
-        "reference": reference,
-        "floor": None if test is None else frechet_distance(test, reference),
+        "reference": FrechetReference(train),
         "hashes": {"extractor": extractor.hash, "reference": moments_hash(train)},
+        "about": {"extractor": made_with, "rounding": ROUNDING},
         "classify": getattr(extractor, "classify", None),
         "probabilities": getattr(extractor, "probabilities", None),
     }
@@ -213,6 +221,11 @@ def _place(cache: Path, extractor: Extractor, digest: str, split: str) -> Path:
     """Where the cache keeps what is known of a split; a name for people, then the hashes that decide."""
     named = re.sub(r"[^\w-]", "_", f"{extractor.name}-{split}")
     return cache / f"{named}-{extractor.hash}-{digest}"
+
+
+def _is_saved(data: str | Path) -> bool:
+    """Whether a name or a folder is one of statistics."""
+    return data in STATISTICS or (Path(data) / "moments.safetensors").is_file()
 
 
 def _is_fid_statistics(path: Path) -> bool:

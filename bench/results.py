@@ -12,7 +12,8 @@ from typing import Any
 
 Row = dict[str, Any]
 INTERVAL = ("low", "high", "standard_error")  # the columns `<metric>_<part>` beside `<metric>`
-DERIVED = "ms_per_image"  # a column that is made of another
+REASON = "reason"  # the column `<metric>_reason` says why there is no value
+MS_PER_IMAGE, MODEL_VALUE = "ms_per_image", "model_value"  # columns that are made of others
 _NEEDED = ("role", "label", "budget", "status", "metric")
 # an all-digit hash is no number
 _TEXT = frozenset(
@@ -30,13 +31,14 @@ _TEXT = frozenset(
             "train_phases",
             "guidance",
             "integrators",
+            "plugins",
         ),
         *("metric", "dtype", "device", "torch", "code", "status", "reason", "measured_at"),
     )
 )
 _MEANT_EMPTY = ("grid", "final")
 _NESTED = ("hashes", "inputs")
-_LITERAL: dict[str, type] = {"options": dict, "further": list}
+_LITERAL: dict[str, type] = {"options": dict, "further": list, "tuned_metrics": list}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -105,15 +107,18 @@ def _from_table(path: Path) -> list[Row]:
 
 def _row(line: Mapping[str, str], metrics: list[str]) -> Row:
     """A line with its types and its nested parts back; an empty field is left out."""
-    parts = {f"{metric}_{part}" for metric in metrics for part in INTERVAL}
+    parts = {f"{metric}_{part}" for metric in metrics for part in (*INTERVAL, REASON, MODEL_VALUE)}
+    parts |= {MS_PER_IMAGE, MODEL_VALUE}
     row: Row = {}
     for name, text in line.items():
         if text is None or None in (name, text):
             raise ValueError("more or fewer fields than the header")
         nest = next((nest for nest in _NESTED if name.startswith(f"{nest}_")), None)
-        if name in parts or name == DERIVED or (not text and name not in _MEANT_EMPTY):
+        if name in metrics and (why := line.get(f"{name}_{REASON}")):
+            row.setdefault("metrics", {})[name] = {"value": None, **dict.fromkeys(INTERVAL), REASON: why}
+        elif name in parts or (not text and name not in _MEANT_EMPTY):
             continue
-        if name in metrics:
+        elif name in metrics:
             interval = {part: _number(line[f"{name}_{part}"]) for part in INTERVAL}
             row.setdefault("metrics", {})[name] = {"value": float(text), **interval}
         elif nest:

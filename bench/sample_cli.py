@@ -35,6 +35,11 @@ _FILMED = 10  # samples in a film
 @click.option(
     "--out", type=_PATH, default="samples.png", show_default=True, help="A .png of all, a .npz, or a folder of PNGs."
 )
+@click.option(
+    "--pixels/--latents",
+    default=True,
+    help="What of a latent model is written: images, or a .npz of what they are decoded from.",
+)
 @click.option("--trajectory", type=_PATH, help="The way to the first ten samples: a film strip .png, or a .gif.")
 @click.option("--init-image", type=_PATH, help="Start from this image, noised.")
 @click.option(
@@ -67,19 +72,31 @@ _FILMED = 10  # samples in a film
 )
 @plain_errors
 def sample(
-    model: str, out: Path, trajectory: Path | None, num: int, device: str, dtype: str, batch_size: int, **asked: Any
+    model: str,
+    out: Path,
+    pixels: bool,
+    trajectory: Path | None,
+    num: int,
+    device: str,
+    dtype: str,
+    batch_size: int,
+    **asked: Any,
 ) -> None:
     """Make samples of a model, and write them as pictures.
 
     With --init-image sampling starts from that image, with --mask it paints in it. Sample i of a seed is the same whatever
     --num and --batch-size are.
     """
-    from bench.generate import pixels
+    from bench.generate import pixels as decoded
     from bench.zoo import load_network
     from samplers import SamplingError
 
     _check_files(out, trajectory)
+    if not pixels and out.suffix != ".npz":
+        raise ValueError(f"--latents are numbers, not pictures: --out must end in .npz, got {str(out)!r}")
     network = load_network(model, checked_device(device), dtype)
+    if not pixels and network.space is None:
+        raise ValueError(f"--latents is for a latent model; samples of model {network.name} are what --pixels writes")
     request = _request(network, **asked)
     if trajectory is not None and not network.images:
         raise ValueError(f"--trajectory shows images; samples of model {network.name} are of shape {network.shape}")
@@ -88,8 +105,9 @@ def sample(
         made, frames, evaluations = _run(request, num, batch_size, trajectory is not None)
     except SamplingError as error:
         raise click.ClickException(str(error)) from error
-    samples, seconds = [pixels(request, result.x) for result in made], time.perf_counter() - begun
-    _write(samples, out, network.images)
+    samples = [decoded(request, result.x) if pixels else result.x.float().cpu() for result in made]
+    seconds = time.perf_counter() - begun
+    _write(samples, out, images=pixels and network.images)
     if trajectory is not None:
         _write_film(frames, trajectory)
     click.echo(

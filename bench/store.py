@@ -6,11 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from bench.blocks import Blocks
@@ -30,8 +32,15 @@ _SOURCES = (
     *("bench/intervals.py", "bench/metrics.py", "bench/sample_metrics.py", "bench/solver_error.py", "bench/judging.py"),
     *("samplers/adapters/diffusers/models.py", "samplers/adapters/diffusers/networks.py", "distill/network.py"),
     *("samplers/adapters/diffusers/training.py", "samplers/adapters/latent.py"),
-    *("samplers/adapters/variance.py", "bench/prompts.py", "bench/overlap.py"),
+    *(
+        "samplers/adapters/variance.py",
+        "bench/prompts.py",
+        "bench/overlap.py",
+        "bench/edm.py",
+        "samplers/adapters/edm.py",
+    ),
 )
+_OWN = ("bench", "samplers", "distill")  # packages
 WORK = "work"  # what is not finished
 _LOCK = ".lock"
 _USED = 2**61  # added to a cell's byte, for the lock of those that read its samples
@@ -44,6 +53,50 @@ def code_fingerprint() -> str:
     for name in _SOURCES:
         digest.update((_ROOT / name).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def plugin_fingerprint(function: Callable[..., Any]) -> str:
+    """First 16 hex digits of the SHA-256 of the code behind a function that an installed package adds.
+
+    Every Python file of its package counts, since any of them may change what the function returns; of a function that has no
+    file, as one typed at a prompt, its own instructions.
+
+    Args:
+        function: or an object that is called like one.
+
+    Returns:
+        The digits; "" for a function of fewstep, which `code_fingerprint` covers.
+    """
+    while isinstance(function, partial):
+        function = function.func
+    package = getattr(function, "__module__", None) or type(function).__module__
+    package = package.partition(".")[0]
+    if package in _OWN:
+        return ""
+    return _package_fingerprint(package) or _code_fingerprint(getattr(function, "__code__", None))
+
+
+@lru_cache
+def _package_fingerprint(package: str) -> str:
+    """Of the files of a package, or of a module that is in none; "" where it has no file."""
+    module = sys.modules.get(package)
+    folders = [Path(folder) for folder in getattr(module, "__path__", ())]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    files = files or [Path(file) for file in [getattr(module, "__file__", None)] if file]
+    if not files:
+        return ""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _code_fingerprint(code: CodeType | None) -> str:
+    def parts(one: CodeType) -> list[Any]:
+        inside = [parts(part) if isinstance(part, CodeType) else repr(part) for part in one.co_consts]
+        return [one.co_code.hex(), one.co_names, inside]
+
+    return hashlib.sha256(json.dumps(parts(code) if code else None).encode()).hexdigest()[:16]
 
 
 def _byte(identity: dict[str, Any]) -> int:

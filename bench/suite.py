@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -16,6 +18,7 @@ from samplers.grid import FINALS, points_of
 from samplers.registry import get_sampler, registered
 
 SUITES = Path(__file__).parent / "suites"
+_SWEPT = ("sampler", "model", "grid", "final", "afs")  # fields of a row that may be lists
 
 
 class SamplerSpec(Strict):
@@ -102,14 +105,61 @@ class StudentSpec(Strict):
         return {"label": (folder.parent if folder.name == "students" else folder).name, **values}
 
 
+class SweptSpec(Strict):
+    """Several rows written as one, with lists in place of some of a sampler's values: a row for each combination.
+
+    Attributes:
+        rows: with the values of a combination in their labels.
+    """
+
+    rows: tuple[SamplerSpec, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _every(cls, values: dict[str, Any]) -> dict[str, Any]:
+        swept = {name: values[name] for name in _SWEPT if isinstance(values.get(name), list | tuple)}
+        empty = next((name for name, several in swept.items() if not several), None)
+        if empty is not None:
+            raise ValueError(f"{empty} must be a value or a list of some, got []")
+        first = values.get("label") or ("" if "sampler" in swept else values.get("sampler", ""))
+        rows = []
+        for several in itertools.product(*swept.values()):
+            chosen = dict(zip(swept, several, strict=True))
+            label = " ".join(filter(None, (str(first), *(_in_label(name, chosen[name]) for name in chosen))))
+            rows.append({**values, **chosen, "label": label})
+        return {"rows": rows}
+
+
+def _in_label(name: str, value: Any) -> str:
+    """A value of a list in the label of its row."""
+    if name == "model":
+        return _slug(str(value))
+    return f"{name} {str(value).lower()}" if value is None or isinstance(value, bool) else str(value)
+
+
+def _slug(model: str) -> str:
+    """A model's name as part of a file's."""
+    return re.sub(r"[^\w.+-]+", "-", model).strip("-.")
+
+
 def _kind(row: Any) -> str:
-    return "student" if isinstance(row, StudentSpec) or (isinstance(row, dict) and "student" in row) else "sampler"
+    if isinstance(row, StudentSpec) or (isinstance(row, dict) and "student" in row):
+        return "student"
+    swept = isinstance(row, dict) and any(isinstance(row.get(name), list | tuple) for name in _SWEPT)
+    return "several" if swept else "sampler"
 
 
 Spec = SamplerSpec | StudentSpec
-_AnySpec = Annotated[
-    Annotated[SamplerSpec, Tag("sampler")] | Annotated[StudentSpec, Tag("student")], Discriminator(_kind)
+_Spelled = Annotated[
+    Annotated[SamplerSpec, Tag("sampler")]
+    | Annotated[StudentSpec, Tag("student")]
+    | Annotated[SweptSpec, Tag("several")],
+    Discriminator(_kind),
 ]
+if TYPE_CHECKING:
+    _AnySpec = Spec  # a `SweptSpec` is spelled out when a suite is made
+else:
+    _AnySpec = _Spelled
 
 
 class Suite(Strict):
@@ -117,8 +167,9 @@ class Suite(Strict):
 
     Attributes:
         name: of the suite.
-        model: a name of the zoo, or a checkpoint folder.
-        samplers: the rows, samplers on the model and students beside it.
+        model: a name of the zoo, or a checkpoint folder; or a list of such, of which this is then the first.
+        models: the list, see `of_each_model`; () for one model.
+        samplers: the rows, samplers on the model and students beside it; one may be written for several, see `SweptSpec`.
         nfe: the columns, budgets of network calls.
         num_samples: per cell.
         batch_size: per network call; does not change the samples.
@@ -136,6 +187,7 @@ class Suite(Strict):
 
     name: str
     model: str
+    models: tuple[str, ...] = ()
     judge: str | JudgeSpec | None = None
     note: str = ""
     samplers: tuple[_AnySpec, ...] = Field(min_length=1)
@@ -156,6 +208,21 @@ class Suite(Strict):
         """How a pipeline becomes a model: arguments of `bench.zoo.load_network`."""
         how = {name: getattr(self, name) for name in ("prompts", "size", "tiles")}
         return {**how, "guidance": self.scale}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_model(cls, values: Any) -> Any:
+        several = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(several, list | tuple):
+            return values
+        if not several or len({_slug(str(name)) for name in several}) < len(several):
+            raise ValueError(f"model must be a name or a list of different ones, got {list(several)}")
+        return {**values, "model": several[0], "models": several}
+
+    @field_validator("samplers")
+    @classmethod
+    def _spelled_out(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(row for spec in value for row in (spec.rows if isinstance(spec, SweptSpec) else (spec,)))
 
     @field_validator("nfe")
     @classmethod
@@ -186,6 +253,15 @@ class Suite(Strict):
             raise ValueError(f"label {twice[0]!r} stands for two rows; give one of them another label")
         return self
 
+    def of_each_model(self) -> dict[str, Suite]:
+        """This suite with each of its models, by what their results folders are called within its own; one model has "".
+
+        Each has a table of its own, with its own judge and many-step run: distances on different models do not compare.
+        """
+        if not self.models:
+            return {"": self}
+        return {_slug(name): self.changed(model=name) for name in self.models}
+
     def changed(self, samplers: Sequence[str] = (), students: Sequence[StudentSpec] = (), **values: Any) -> Suite:
         """This suite with other values (None: unchanged), with the named rows only, and with students before them.
 
@@ -210,6 +286,8 @@ class Suite(Strict):
         names = [name for name in dict.fromkeys(samplers) if name not in added]
         rows = [mine.get(name) or SamplerSpec(sampler=name) for name in names] if samplers else self.samplers
         update = {key: value for key, value in values.items() if value is not None}
+        if "model" in update:
+            update = {"models": (), **update}
         rows_now = [spec.model_dump() for spec in (*students, *rows)]
         return validated(Suite, {**self.model_dump(), "samplers": rows_now, **update}, f"suite {self.name!r}")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
+from bench.floor import Floor
 from bench.ranking import (
     BEYOND,
     TUNED,
@@ -23,10 +24,13 @@ from bench.ranking import (
     measured,
     metrics_of,
     of_metric,
+    own_model,
+    tuned_here,
 )
-from bench.results import DERIVED, INTERVAL
+from bench.results import INTERVAL, MODEL_VALUE, MS_PER_IMAGE, REASON
 
 Row = dict[str, Any]
+OWN = "model itself"  # head of the last column
 _WHOLE = ("nfe", "train_images", "evaluations", "guided_evaluations", "sequential_calls")
 _COSTS = {
     "nfe": "calls",
@@ -34,7 +38,7 @@ _COSTS = {
     "evaluations": "evaluations",
     "guided_evaluations": "evaluations under guidance",
     "images_per_second": "images/s",
-    DERIVED: "ms/image",
+    MS_PER_IMAGE: "ms/image",
     "peak_memory_mb": "peak memory (MB)",
     "energy_joules": "energy (J)",
 }
@@ -51,6 +55,7 @@ class Layout:
         cells: the row at a label and a budget.
         best: of each budget.
         beyond: label and budget of those that are better than the model's own many-step run.
+        own: the row of that run, by label.
     """
 
     rows: list[Row]
@@ -59,10 +64,15 @@ class Layout:
     cells: Mapping[tuple[str, int], Row]
     best: Mapping[int, Best]
     beyond: set[tuple[str, int]]
+    own: Mapping[str, Row]
+
+    def own_text(self, label: str) -> str:
+        """What the model of a label has by itself, for the last column; nothing where no many-step run is its own."""
+        return value_text(self.own[label]) if label in self.own else ""
 
     def name(self, label: str) -> str:
         """The label, with its mark."""
-        return label + (TUNED if any(row.get("tuned") for row in self.rows if row["label"] == label) else "")
+        return label + (TUNED if any(tuned_here(row) for row in self.rows if row["label"] == label) else "")
 
     def texts(self, label: str, best: Callable[[str], str], tied: Callable[[str], str]) -> list[str]:
         """A line's cells, those of the best set written by the two functions."""
@@ -88,15 +98,17 @@ def layout(rows: Sequence[Row], metric: str | None = None) -> Layout:
         {(row["label"], row["budget"]): row for row in mine},
         best_of(found),
         beyond_model(found),
+        {row["label"]: many for row in mine if (many := own_model(row, found)) is not None},
     )
 
 
 def frame(rows: Sequence[Row]) -> pd.DataFrame:
     """One line for each cell and seed with everything that is known of it; nested parts as columns of their own.
 
-    A further metric is `<metric>`, `<metric>_low`, `<metric>_high` and `<metric>_standard_error`.
+    A further metric is `<metric>`, `<metric>_low`, `<metric>_high` and `<metric>_standard_error`, and `<metric>_reason` where
+    there is no value. `bench.columns` describes all columns.
     """
-    table = pd.json_normalize([_flat(row) for row in rows], sep="_")
+    table = pd.json_normalize([{**_flat(row), **_own_values(row, rows)} for row in rows], sep="_")
     whole = [name for name in _WHOLE if name in table and (table[name].dropna() % 1 == 0).all()]
     return table.astype(dict.fromkeys(whole, "Int64"))  # which stay whole where some rows have none
 
@@ -105,25 +117,42 @@ def _flat(row: Row) -> Row:
     flat = {name: value for name, value in row.items() if name != "metrics"}
     for name, parts in (row.get("metrics") or {}).items():
         flat |= {name: parts["value"], **{f"{name}_{part}": parts.get(part) for part in INTERVAL}}
-    return {**flat, **_per_image(row), "options": str(row["options"])}
+        flat |= {f"{name}_{REASON}": parts[REASON]} if parts.get(REASON) else {}
+    return {**flat, **_per_image(row), "options": _literal(row["options"])}
+
+
+def _literal(options: Row) -> str:
+    """Options as Python writes them, and infinity in a form that can be read back."""
+    return "{" + ", ".join(f"{k!r}: {'1e999' if v == math.inf else repr(v)}" for k, v in options.items()) + "}"
+
+
+def _own_values(row: Row, rows: Sequence[Row]) -> Row:
+    """What the row's model has by itself of each metric, at the converged solution."""
+    mine = [other for other in rows if other.get("seed") == row.get("seed")]
+    many = own_model(row, mine)
+    if many is None:
+        return {}
+    metrics = many.get("metrics") or {}
+    further = {f"{name}_{MODEL_VALUE}": parts["value"] for name, parts in metrics.items() if parts["value"] is not None}
+    return {MODEL_VALUE: many["value"], **further}
 
 
 def _per_image(row: Row) -> Row:
     speed = row.get("images_per_second")
-    return {DERIVED: round(1000.0 / speed, 4)} if speed else {}
+    return {MS_PER_IMAGE: round(1000.0 / speed, 4)} if speed else {}
 
 
-def markdown(rows: Sequence[Row], floor: float, title: str, note: str = "") -> str:
+def markdown(rows: Sequence[Row], floors: Sequence[Floor], title: str, note: str = "") -> str:
     """The tables of distances, samplers down and budgets across, with the lines a reader needs to judge them, and of costs.
 
     Args:
         rows: of a run.
-        floor: distance of real test data; stated where it is positive.
+        floors: of the distance, see `bench.floor`.
         title: of the page.
         note: what every table must say.
     """
     lines = [f"# {title}", "", *_distances(layout(rows)), ""]
-    lines += [*(f"- {line}" for line in notes(rows, floor, note)), ""]
+    lines += [*(f"- {line}" for line in notes(rows, floors, note)), ""]
     for name in metrics_of(rows)[1:]:
         shown = layout(rows, name)
         lines += [f"## {name}", "", *_distances(shown), "", *(f"- {line}" for line in _metric_notes(shown)), ""]
@@ -131,17 +160,19 @@ def markdown(rows: Sequence[Row], floor: float, title: str, note: str = "") -> s
 
 
 def _distances(shown: Layout) -> list[str]:
-    lines = [_md(["sampler", *(f"NFE {n}" for n in shown.budgets)]), _md(["---", *("---:" for _ in shown.budgets)])]
+    last = [OWN] if shown.own else []
+    head = ["sampler", *(f"NFE {n}" for n in shown.budgets), *last]
+    lines = [_md(head), _md(["---", *("---:" for _ in head[1:])])]
     for label in shown.labels:
         texts = shown.texts(label, lambda text: f"**{text}**", lambda text: f"= {text}")
-        lines.append(_md([shown.name(label), *texts]))
+        lines.append(_md([shown.name(label), *texts, *(shown.own_text(label) for _ in last)]))
     return lines
 
 
-def terminal(rows: Sequence[Row], floor: float, title: str, note: str = "") -> Table:
+def terminal(rows: Sequence[Row], floors: Sequence[Floor], title: str, note: str = "") -> Table:
     """The first of these tables for the terminal; the best of each column is marked."""
     shown = layout(rows)
-    caption = "\n".join(notes(rows, floor, note, best="*", tied="="))
+    caption = "\n".join(notes(rows, floors, note, best="*", tied="="))
     table = Table(title=title, caption=caption, caption_justify="left", min_width=60)
     table.add_column("sampler", no_wrap=True)
     for n in shown.budgets:
@@ -199,12 +230,14 @@ def _training(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def notes(rows: Sequence[Row], floor: float, note: str = "", best: str = "Bold", tied: str = "=") -> list[str]:
+def notes(
+    rows: Sequence[Row], floors: Sequence[Floor], note: str = "", best: str = "Bold", tied: str = "="
+) -> list[str]:
     """What stands under the table: the suite's note, metric, counts, marks, the model's own distance, floor, failures.
 
     Args:
         rows: of a run.
-        floor: distance of real test data; stated where it is positive.
+        floors: of the distance, see `bench.floor`.
         note: the suite's.
         best, tied: how the table marks the best of a column, and what its interval overlaps.
     """
@@ -220,9 +253,14 @@ def notes(rows: Sequence[Row], floor: float, note: str = "", best: str = "Bold",
     if any(mine.tied for mine in shown.best.values()):
         lines.append(f"{best}: the best of a column; {tied}: its 95 % interval overlaps the best one's, a tie.")
     lines += _own(shown.rows)
-    if floor > 0:
-        lines.append(f"Floor, real test set against training statistics: {floor:.3g}.")
-    return [*lines, *_fewer(shown.rows), *_marked(shown), *_guidance(shown.rows), *_unmeasured(rows)]
+    lines += [floor_text(floor) + "." for floor in floors]
+    return [*lines, *_fewer(shown.rows), *_marked(shown), *_guidance(shown.rows), *_unmeasured(rows), *_reasons(rows)]
+
+
+def floor_text(floor: Floor) -> str:
+    """A floor as a clause: at how many samples, of what, how large."""
+    at = f" at {floor.count} samples" if floor.count else ""
+    return f"Floor{at}, {floor.what}: {value_text(asdict(floor))}"
 
 
 def _own(rows: Sequence[Row]) -> list[str]:
@@ -235,7 +273,7 @@ def _own(rows: Sequence[Row]) -> list[str]:
 
 def _metric_notes(shown: Layout) -> list[str]:
     higher = higher_is_better(shown.rows[0]["metric"])
-    return [f"{'Larger' if higher else 'Smaller'} is better.", *_own(shown.rows), *_beyond(shown)]
+    return [f"{'Larger' if higher else 'Smaller'} is better.", *_own(shown.rows), *_marked(shown)]
 
 
 def _fewer(rows: Sequence[Row]) -> list[str]:
@@ -253,15 +291,16 @@ def _marked(shown: Layout) -> list[str]:
         )
     tuned: dict[str, list[str]] = {}
     for row in shown.rows:
-        if row.get("tuned"):
-            tuned.setdefault(row["tuned"], []).append(row["label"])
+        if why := tuned_here(row):
+            tuned.setdefault(why, []).append(row["label"])
     for why, labels in tuned.items():
         lines.append(f"{TUNED} {', '.join(dict.fromkeys(labels))}: {why}.")
     return lines + _beyond(shown)
 
 
 def _beyond(shown: Layout) -> list[str]:
-    text = f"{BEYOND} Better than the model itself: between such rows the model, not the sampler, is ranked."
+    where = "Above" if higher_is_better(shown.rows[0]["metric"]) else "Below"
+    text = f"{BEYOND} {where} the model's own value: between such rows the model, not the sampler, is ranked."
     return [text] if shown.beyond else []
 
 
@@ -296,6 +335,21 @@ def _unmeasured(rows: Sequence[Row]) -> list[str]:
     for row in failed:
         seed = f" with seed {row['seed']}" if several and "seed" in row else ""
         lines.append(f"Failed: {row['label']} at {row['budget']}{seed}: {row['reason']}")
+    return lines
+
+
+def _reasons(rows: Sequence[Row]) -> list[str]:
+    """Further metrics that could not be had of samples, each with its reason and with the rows where that is not all."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    done = [row for row in rows if row["status"] == "done"]
+    for row in done:
+        for name, parts in (row.get("metrics") or {}).items():
+            if parts.get("reason"):
+                found.setdefault((name, parts["reason"]), []).append(row)
+    lines = []
+    for (name, why), mine in found.items():
+        places = ", ".join(dict.fromkeys(f"{row['label']} at {row['budget']}" for row in mine))
+        lines.append(f"{name} not known{'' if len(mine) == len(done) else f' of {places}'}: {why}.")
     return lines
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.edm import EDM, load_edm
 from bench.features import load_extractor, moments_hash
+from bench.floor import EXACT, Floor, floor_of_samples, most_rows
 from bench.judge import DIGITS, FEATURES, Judge, JudgeSpec, digit_judge, folder_judge, judge_of
 from bench.meter import Meter
 from bench.metrics import FrechetReference
@@ -25,7 +27,13 @@ from samplers.errors import unknown
 TEACHER = ASSETS / "mnist-teacher"
 _MNIST = "mnist"
 _REFERENCE_SAMPLES = 10_000  # of a model that can be sampled exactly
-_FOLDERS = ("a checkpoint folder", "a diffusers pipeline's folder", "hf:ID of one on the hub")
+_FOLDERS = (
+    "a checkpoint folder",
+    "a diffusers pipeline's folder",
+    "hf:ID of one on the hub",
+    "edm:FOLDER of a network of EDM",
+)
+_CIFAR10 = "runs/cifar10"  # where the suite of that name has its model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,8 @@ def load_model(
 
     Args:
         name: "mnist"; "gmm", "gmm-16" (of 16 dimensions), "cifar10-gmm" or "ideal:DATA", whose epsilon is exact; a checkpoint
-            folder of training; the folder of a diffusers pipeline, or "hf:" and its id on the hub.
+            folder of training; the folder of a diffusers pipeline, or "hf:" and its id on the hub; "edm:" and a folder, see
+            `bench.edm`.
         device: of torch.
         dtype: "fp32", "bf16" or, on an accelerator, "fp16", the network's; states stay in float32. An exact epsilon has no
             network and ignores it.
@@ -88,10 +97,14 @@ def load_network(name: str, device: str, dtype: str, **reading: Any) -> Network:
         return on_device(name, load_checkpoint(TEACHER), device, dtype)
     if is_pipeline(name):
         return load_pipeline(name, device, dtype, **asked)
+    if name.startswith(EDM):
+        return load_edm(name, device, dtype)
     if found(name).exists():
         return on_device(name, load_checkpoint(found(name)), device, dtype)
     if "/" in name:
         hint = f", such as {HUB}{name}" if name.count("/") == 1 and name[0] not in "./~" else ""
+        if name.startswith(_CIFAR10):
+            hint = f"; `python -m bench.cifar10 --data FOLDER --out {_CIFAR10}` makes it, or give {HUB}google/ddpm-cifar10-32"
         raise ValueError(
             f"model {name!r}: there is no such folder; give {', '.join((_MNIST, *NAMES, *_FOLDERS))}{hint}"
         )
@@ -137,7 +150,15 @@ def _exact(problem: Problem, device: str) -> BenchModel:
     schedule, features = schedules.vp_linear(), problem.features
     exact = lru_cache(maxsize=1)(lambda: np.asarray(features(problem.sample(_REFERENCE_SAMPLES, 1))))
     hashes = {"reference": moments_hash(problem.reference)}
-    judge = Judge(problem.metric, features, FrechetReference(problem.reference), 0.0, hashes, samples=exact)
+    reference = FrechetReference(problem.reference)
+
+    def floors(count: int) -> tuple[Floor, ...]:
+        """Draws of the data itself: with exact moments as the reference, there is nothing to halve."""
+        rows = min(most_rows(count, problem.reference.dim), max(count, _REFERENCE_SAMPLES))
+        return (floor_of_samples(features(problem.sample(rows, 1)), reference, count, EXACT),)
+
+    about = {"extractor": None, "reference": "exact moments", "rounding": None}
+    judge = Judge(problem.metric, features, reference, hashes, lru_cache(floors), about, samples=exact)
     model = EpsModel(Meter(problem.net(schedule)), schedule)
     given: dict[str, Any] = {"info": problem.info, "judge": judge, "device": device}
     return BenchModel(problem.name, problem.hash, model, problem.shape, 0, "fp32", **given)

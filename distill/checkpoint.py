@@ -79,7 +79,11 @@ def _fill(folder: Path, tensors: dict[str, dict[str, Tensor]], documents: dict[s
         on_cpu = {key: value.detach().cpu().contiguous() for key, value in content.items()}
         parts = _parts(on_cpu)
         for number, part in enumerate(parts, 1):
-            save_file(part, _part_file(folder / f"{name}.safetensors", number), {_PARTS: str(len(parts))})
+            file = _part_file(folder / f"{name}.safetensors", number)
+            file.touch()
+            mode = file.stat().st_mode  # that of any new file here: save_file's own lets nobody else read it
+            save_file(part, file, {_PARTS: str(len(parts))})
+            file.chmod(mode)
     for name, document in documents.items():
         (folder / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     for path in (*folder.iterdir(), folder):

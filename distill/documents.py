@@ -18,6 +18,26 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class _RepeatedKeyError(ValueError):
+    """A key that a mapping has twice, with its line."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, of which the last of two equal keys would win silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line, name = key.start_mark.line + 1, self.construct_object(key)
+                if name in first:
+                    raise _RepeatedKeyError(
+                        f"line {line}: {key.value} is given twice, in lines {first[name]} and {line}"
+                    )
+                first[name] = line
+        return super().construct_mapping(node, deep)
+
+
 _Kind = TypeVar("_Kind", bound=Strict)
 
 
@@ -26,10 +46,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        ValueError: not YAML, or not a mapping; the message names the file.
+        ValueError: not YAML, a key that is given twice, or not a mapping; the message names the file, and the line.
     """
     try:
-        document = yaml.safe_load(Path(path).read_text())
+        document = yaml.load(Path(path).read_text(), _UniqueKeys)
+    except _RepeatedKeyError as error:
+        raise ValueError(f"{path}, {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(document, dict):

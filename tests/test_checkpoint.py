@@ -401,3 +401,10 @@ def test_the_null_class_is_the_one_after_the_last(network: PatchUNet) -> None:
 def test_network_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_network({"class": "PatchUNet", **arguments})
+
+
+def test_tensors_are_as_readable_as_other_files(tmp_path: Path) -> None:
+    """The library's own mode lets nobody but the owner read them, which a package or a shared folder must."""
+    write_folder(tmp_path / "made", {"model": {"a": torch.ones(2)}}, {"config": {}})
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "made").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]

@@ -26,7 +26,9 @@ from bench.doctor import (
     frechet_bias,
     load_examiner,
 )
+from bench.extractors import ImageExtractor
 from bench.features import FeatureExtractor, ImageClassifier, load_extractor, save_extractor, save_statistics
+from bench.judge import JudgeSpec
 from bench.metrics import FrechetReference, Moments, frechet_distance
 
 SIZE = 16
@@ -221,6 +223,67 @@ def test_a_claim_has_the_digits_that_are_printed(text: str, digits: float) -> No
     assert Claim.of(text).digits == pytest.approx(digits)
 
 
+# any extractor with real images --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(tmp_path: Path, monkeypatch: Any) -> dict[str, Path]:
+    """Files of real images, of the splits train and test."""
+    monkeypatch.setattr("bench.doctor.CACHE", tmp_path / "cache")
+    files = {split: tmp_path / f"{split}.npz" for split in ("train", "test")}
+    for number, file in enumerate(files.values(), 1):
+        np.savez(file, images=eight_bits(blobs(900 // number, number)))
+    return files
+
+
+def test_the_command_finds_mistakes_on_an_extractor_with_real_images(real: dict[str, Path], tmp_path: Path) -> None:
+    np.savez(tmp_path / "images.npz", images=IMAGES)
+    seen = load_examiner(JudgeSpec(extractor="pixels", reference=str(real["train"])), (1, SIZE, SIZE))
+    planted = PLANTED["resized to 8 x 8 and back, bilinear"](IMAGES)
+    given = ("doctor", tmp_path / "images.npz", "--extractor", "pixels", "--reference", real["train"])
+    resized = run(*given, "--claim", f"{distance(seen, planted):#.6g}")
+    assert resized.exit_code == 0, resized.output
+    assert "fd_pixels, and the claim" in said(resized)
+    assert "To the digits of the claim: resized to 8 x 8 and back, bilinear." in said(resized)
+    other = FrechetReference(Moments.of(seen.extractor.features(eight_bits(blobs(450, 2)))))
+    split = frechet_distance(Moments.of(seen.extractor.features(IMAGES)), other)
+    found = run(*given, "--test", real["test"], "--claim", f"{split:#.6g}")
+    assert "To the digits of the claim: against the test set's statistics." in said(found)
+
+
+def test_truncation_is_found_where_an_extractor_takes_8_bits() -> None:
+    rng = np.random.default_rng(0)
+    pooled = ImageExtractor(
+        "any", "0", 4, "any", lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+    )
+    levels = rng.uniform(90, 110, (400, 1, SIZE, SIZE))
+    reference = FrechetReference(
+        Moments.of(pooled.features(np.rint(rng.uniform(90, 110, (900, 1, SIZE, SIZE))).astype(np.uint8)))
+    )
+    examiner = Examiner(pooled, {"train": reference})
+    claim = claim_of(distance(examiner, np.floor(levels).astype(np.uint8)))
+    itself, *mistakes = examine(np.rint(levels).astype(np.uint8), claim, examiner)
+    found = {f.name: f for f in mistakes}
+    truncated = found["truncated to 8 bits instead of rounded"]
+    assert abs(truncated.distance - claim.value) < 0.1 * abs(itself.distance - claim.value)
+    assert not {"not rounded to 8 bits, extrapolated", "against the test set's statistics"} & set(found)
+
+
+def test_images_resized_before_the_extractor_does_it_give_the_claim() -> None:
+    def compute(images: torch.Tensor) -> torch.Tensor:
+        inside = torch.nn.functional.interpolate(images.float(), (299, 299), mode="nearest")
+        return torch.nn.functional.adaptive_avg_pool2d(inside, 2).flatten(1)
+
+    examiner = Examiner(ImageExtractor("inception_0", "0", 4, "any", compute), {})
+    images = np.random.default_rng(0).integers(0, 256, (40, 1, 16, 16), dtype=np.uint8)
+    train = FrechetReference(Moments.of(examiner.extractor.features(images[::-1] // 2)))
+    examiner = Examiner(examiner.extractor, {"train": train})
+    before = np.stack([np.asarray(Image.fromarray(image[0]).resize((299, 299), BILINEAR))[None] for image in images])
+    claim = Claim.of(f"{distance(examiner, before):.12g}")
+    exact = [f.name for f in examine(images, claim, examiner, batch_size=40) if f.verdict == EXACT]
+    assert exact == ["resized to 299 x 299 before the extractor does it, bilinear"]
+
+
 # tables --------------------------------------------------------------------------------------------------------------
 
 
@@ -241,8 +304,9 @@ def test_a_row_of_a_table_has_its_count_its_metrics_and_its_neighbours(examiner:
 
     reference = moments_hash(examiner.references["train"].moments)
     slope = frechet_bias(examiner.references["train"].moments.covariance)
-    kd = {"kd": {"value": 0.25, "low": 0.2, "high": 0.3, "standard_error": 0.025}}
-    mine = row("a", 4, 2.0, 0.001, hashes={"reference": reference}, metrics=kd)
+    parts = {"low": 0.2, "high": 0.3, "standard_error": 0.025}
+    more = {"fd_infinity": {"value": 0.25, **parts}, "rmse": {"value": 0.75, **parts}}
+    mine = row("a", 4, 2.0, 0.001, hashes={"reference": reference}, metrics=more)
     rows = [mine, row("b", 4, 3.5), row("a", 8, 1.5)]
 
     def exact(value: float, count: int | None = None) -> list[str]:
@@ -251,7 +315,8 @@ def test_a_row_of_a_table_has_its_count_its_metrics_and_its_neighbours(examiner:
     assert exact(2.0) == ["as it is"]
     assert exact(3.5) == ["b at 4"]
     assert exact(1.5) == ["a at 8"]
-    assert exact(0.25) == ["kd of this row"]
+    assert exact(0.25) == ["fd_infinity of this row"]
+    assert exact(0.75) == []  # of another unit
     assert exact(2.0 + slope * (1 / 50 - 1 / 100), 50) == ["50 images, by the reference's bias"]
     unknown = {**mine, "hashes": {"reference": "other"}}
     assert {f.family for f in examine_row(unknown, rows, claim_of(9.0), examiner)} == {"", "metric"}
@@ -288,6 +353,9 @@ def test_the_command_takes_the_shipped_judge_and_a_table(tmp_path: Path) -> None
         (["--claim", "1", "--row", "a"], "--row and --budget are for a table.csv"),
         (["--claim", "1", "--judge", "nowhere"], "nowhere/features/config.json does not exist"),
         ([], "Missing option '--claim'"),
+        (["--claim", "1", "--extractor", "pixels"], "give --reference too"),
+        (["--claim", "1", "--judge", "x", "--extractor", "pixels"], "give it, or --extractor and --reference"),
+        (["--claim", "1", "--test", "x"], "--test is for --extractor and --reference"),
     ],
 )
 def test_mistakes_of_the_user_are_one_line(tmp_path: Path, arguments: list[Any], message: str) -> None:

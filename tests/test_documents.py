@@ -122,3 +122,28 @@ def test_documents_are_frozen_and_finite() -> None:
         grid.steps = 4  # type: ignore[misc]
     with pytest.raises(ValueError, match="finite"):
         Cell(sampler="ddim", weight=math.inf)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed: 3", "seed: 3\nseed: 4", r"suite\.yaml, line 2: seed is given twice, in lines 1 and 2$"),
+        ("{steps: 5}", "{steps: 5, steps: 6}", r"line 5: steps is given twice, in lines 5 and 5$"),
+        (
+            "  sampler: ddim\n",
+            "  sampler: ddim\n  'sampler': heun\n",
+            r"line 11: sampler is given twice, in lines 10 and 11$",
+        ),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(old: str, new: str, message: str, file: Path) -> None:
+    """YAML's loader takes the last one, so that a suite ran with another model than its first lines say."""
+    head, tail = GOOD.rsplit(old, 1)
+    with pytest.raises(ValueError, match=message):
+        read(file, head + new + tail)
+
+
+def test_a_merged_mapping_may_be_overridden(file: Path) -> None:
+    file.write_text("seed: 3\nbest: &best {sampler: ddim, weight: 2.0}\ncells:\n  - {<<: *best, weight: 3.0}\n")
+    suite = validated(Suite, read_yaml(file), file)
+    assert suite.cells == (Cell(sampler="ddim", weight=3.0),)

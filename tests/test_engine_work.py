@@ -22,11 +22,12 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from bench import measure as bench_measure
+from bench.api import run as run_in_python
 from bench.blocks import Blocks
 from bench.cli import main
 from bench.engine import Run, run_suite
-from bench.measure import Running
-from bench.suite import SamplerSpec, Suite
+from bench.measure import OutOfTimeError, Running
+from bench.suite import SamplerSpec, Suite, load_suite
 from bench.zoo import BenchModel, load_model
 
 SUITE = Suite.model_validate(
@@ -251,6 +252,83 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path: Path, monkeypatch
     assert bench(*given).exit_code == 0
 
 
+def test_a_run_stops_when_its_time_is_over_and_goes_on(gmm: BenchModel, tmp_path: Path, monkeypatch: Any) -> None:
+    expected = figures(measure(SUITE, gmm, tmp_path / "whole"))
+    clock, begun = [0.0], []
+    real = bench_measure.run_network
+
+    def a_minute(*args: Any, indices: torch.Tensor, **options: Any) -> torch.Tensor:
+        clock[0] += 60.0
+        begun.append(int(indices[0]))
+        return real(*args, indices=indices, **options)
+
+    monkeypatch.setattr(bench_measure, "run_network", a_minute)
+    monkeypatch.setattr(bench_measure.time, "monotonic", lambda: clock[0])
+    out, stops = tmp_path / "pieces", 0
+    while True:
+        try:
+            rows = measure(SUITE, gmm, out, deadline=clock[0] + 200.0)  # four batches, of which a cell has three
+        except OutOfTimeError:
+            stops += 1
+            continue
+        break
+    assert figures(rows) == expected
+    assert stops == 3
+    assert begun == [0, 16, 32] * 5  # no batch twice
+    assert not (out / "work").exists()
+
+
+def test_the_command_stops_after_its_minutes(tmp_path: Path) -> None:
+    given = ("--num-samples", 40, "--nfe", "2", "--samplers", "ddim", "--out", tmp_path)
+    stopped = bench(*given, "--minutes", 1e-9)
+    assert stopped.exit_code == 0, stopped.output
+    assert "stopped, as its time is over; finished batches are kept" in stopped.output
+    assert not (tmp_path / "table.csv").exists()
+    assert bench(*given, "--minutes", 10).exit_code == 0
+    assert (tmp_path / "table.csv").exists()
+    assert bench("--minutes", 0).exit_code == 2
+
+
+def test_the_provenance_says_what_the_run_took_beside_sampling(tmp_path: Path, monkeypatch: Any) -> None:
+    given = ("--num-samples", 40, "--batch-size", 16, "--nfe", "2", "--samplers", "ddpm,ddim", "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        stop_in_the_third_batch(patch)
+        assert bench(*given).exit_code == 130
+    assert bench(*given).exit_code == 0
+    run = json.loads((tmp_path / "provenance.json").read_text())["run"]
+    assert (run["measured_cells"], run["cells"]) == (3, 3)
+    useful = run["sampling_seconds"] + run["judging_seconds"]
+    assert 0 < useful < run["wall_seconds"]
+    assert run["overhead"] > 0  # though two batches of the first cell are of the run before
+    (tmp_path / "table.csv").unlink()
+    assert bench(*given).exit_code == 0  # measures nothing
+    assert json.loads((tmp_path / "provenance.json").read_text())["run"] == run
+
+
+def test_every_row_has_its_sequential_depth(gmm: BenchModel, tmp_path: Path) -> None:
+    rows = measure(SUITE, gmm, tmp_path)
+    assert [row["sequential_calls"] for row in rows] == [row["nfe"] for row in rows]
+    assert all("guided_evaluations" not in row for row in rows)
+
+
+def test_a_suite_of_several_models_has_a_table_for_each(tmp_path: Path) -> None:
+    document = {**SUITE.model_dump(mode="json", exclude_unset=True), "model": ["gmm", "gmm-3"], "nfe": [2]}
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(document))
+    both, one = (tmp_path / name for name in ("both", "one"))
+    result = CliRunner().invoke(main, ["bench", str(file), "--out", str(both)])
+    assert result.exit_code == 0, result.output
+    tables = [pd.read_csv(both / name / "table.csv") for name in ("gmm", "gmm-3")]
+    assert [set(table["model"]) for table in tables] == [{"gmm"}, {"gmm-3"}]
+    assert [sum(table["role"] == "teacher") for table in tables] == [1, 1]
+    again = run_in_python(load_suite(str(file)), out=both, quiet=True)  # takes all from there
+    assert list(again["model"]) == ["gmm"] * 3 + ["gmm-3"] * 3
+    assert list(again["value"]) == [*tables[0]["value"], *tables[1]["value"]]
+    alone = CliRunner().invoke(main, ["bench", str(file), "--model", "gmm-3", "--out", str(one)])
+    assert alone.exit_code == 0, alone.output
+    pd.testing.assert_frame_equal(pd.read_csv(one / "table.csv")[COLUMNS], tables[1][COLUMNS])
+
+
 def test_a_dry_run_shows_the_cells_and_measures_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     given = ("--num-samples", 40, "--nfe", "1,4", "--samplers", "heun,ddim", "--seed", "0,1", "--out", out)
@@ -275,9 +353,14 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     return lambda out: ["bench", str(file), "--out", str(out)]
 
 
-def process(arguments: list[str], ranks: int = 1) -> subprocess.Popen[str]:
-    """`fewstep` in a process of its own, or in several under torchrun."""
-    group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--num_processes"]
+
+
+def process(arguments: list[str], ranks: int = 1, launcher: list[str] = TORCHRUN) -> subprocess.Popen[str]:
+    """`fewstep` in a process of its own, or in several that a launcher starts."""
+    group = [*launcher, str(ranks)] if ranks > 1 else []
     started = [sys.executable, *group, "-m", "bench", *arguments]
     return subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -329,14 +412,17 @@ def test_two_processes_on_one_folder_share_the_cells(tmp_path: Path, command: Co
 
 
 @pytest.mark.slow
-def test_processes_under_torchrun_divide_the_samples(tmp_path: Path, command: Command, whole: pd.DataFrame) -> None:
-    """Three, so that neither the 200 samples nor the ten batches of a cell divide evenly."""
-    group = process(command(tmp_path), 3)
+@pytest.mark.parametrize(("launcher", "ranks"), [(TORCHRUN, 3), (ACCELERATE, 2)], ids=["torchrun", "accelerate"])
+def test_processes_of_a_launcher_divide_the_samples(
+    tmp_path: Path, command: Command, whole: pd.DataFrame, launcher: list[str], ranks: int
+) -> None:
+    """Of three, neither the 200 samples nor the ten batches of a cell divide evenly."""
+    group = process(command(tmp_path), ranks, launcher)
     said, wrong = group.communicate(timeout=300)
     assert group.returncode == 0, wrong
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table.csv")[COLUMNS], whole, rtol=1e-6)
     records = [json.loads(path.read_text()) for path in tmp_path.glob("cells/*.json")]
-    assert {record["processes"] for record in records} == {3}
+    assert {record["processes"] for record in records} == {ranks}
     assert said.count("table, plot and pictures") == 1
 
 
@@ -349,8 +435,10 @@ def test_a_lost_worker_ends_the_run_cleanly_and_it_goes_on(
     wait_for_batches(out, 2)
     workers = [int(pid) for pid in Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()]
     os.kill(workers[-1], signal.SIGKILL)
-    group.communicate(timeout=120)
+    said = "\n".join(group.communicate(timeout=120))
     assert group.returncode != 0
+    assert "finished batches are kept, and the same command goes on from there" in said
+    assert "WorkerLostError" not in said  # a sentence and no traceback
     pd.testing.assert_frame_equal(finished(command(out), out), whole)
 
 

@@ -20,11 +20,14 @@ from PIL import Image
 from scipy import stats
 
 import bench.html_report as html_report
+from bench.floor import TEST, Floor
 from bench.html_report import embedded_json, write_html_report
+from bench.ranking import BEYOND, TUNED
 from bench.report_page.data import Estimate, best_set, combined, report_data
 
 EVIL = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>"
 BUDGETS = (4, 10, 20)
+FLOORS = (Floor(TEST, 500, 0.1, 0.08, 0.12, 0.01),)
 BASE = {"role": "sampler", "model": "toy", "model_hash": "abc", "metric": "fd_toy", "num_samples": 500, "dtype": "fp32"}
 VALUES = {"euler": (9.0, 3.0, 0.8), "heun": (700.0, 2.9, 0.3), "dpm": (2.0, 1.5, 0.9), "student": (1.0, 0.9, 4.0)}
 
@@ -76,7 +79,7 @@ def folder(rows, tmp_path_factory):
         ("euler-nfe4", "euler-nfe20", "heun-nfe4", "heun-nfe20", "heun-nfe20-path", "euler-nfe100")
     ):
         save_picture(out / "samples" / f"{name}.png", 40 * k)
-    write_html_report(rows, 0.1, f"toy {EVIL}", {"commit": EVIL, "nfe": list(BUDGETS)}, out, f"a note {EVIL}")
+    write_html_report(rows, FLOORS, f"toy {EVIL}", {"commit": EVIL, "nfe": list(BUDGETS)}, out, f"a note {EVIL}")
     return out
 
 
@@ -159,14 +162,14 @@ def test_best_set_is_every_interval_that_overlaps_the_best_one(higher):
 
 
 def test_label_agreement_has_wilsons_interval():
-    data = report_data([row("a", 4, 1.0, label_agreement=0.98)], 0.0, "t", {})
+    data = report_data([row("a", 4, 1.0, label_agreement=0.98)], (), "t", {})
     entry = data["points"][0]["metrics"]["label_agreement"]
     exact = stats.binomtest(490, 500).proportion_ci(method="wilson")
     assert (entry["low"], entry["high"]) == (pytest.approx(exact.low), pytest.approx(exact.high))
 
 
 def test_points_are_seeds_together_with_what_failed_beside_them(rows):
-    data = report_data(rows, 0.1, "t", {})
+    data = report_data(rows, FLOORS, "t", {})
     points = {(p["role"], p["label"], p["budget"]): p for p in data["points"]}
     assert len(points) == len(data["points"]) == 4 * 3 + 3
     euler = points["sampler", "euler", 4]
@@ -179,13 +182,13 @@ def test_points_are_seeds_together_with_what_failed_beside_them(rows):
 
 
 def test_a_seed_that_failed_leaves_a_point_of_the_others_with_its_reason():
-    data = report_data([row("a", 4, 1.0), {**failed("a", 4, "out of memory"), "seed": 1}], 0.0, "t", {})
+    data = report_data([row("a", 4, 1.0), {**failed("a", 4, "out of memory"), "seed": 1}], (), "t", {})
     (point,) = data["points"]
     assert (point["status"], point["seeds"], point["reason"]) == ("done", 1, "out of memory")
 
 
 def test_below_the_model_is_marked_on_distances_only(rows):
-    data = report_data(rows, 0.1, "t", {}, higher_is_better=["kid"])
+    data = report_data(rows, FLOORS, "t", {}, higher_is_better=["kid"])
     below = {(p["label"], p["budget"]) for p in data["points"] if p["metrics"].get("fd_toy", {}).get("below_model")}
     assert below == {("heun", 20)}
     assert not any(p["metrics"]["kid"]["below_model"] for p in data["points"] if p["metrics"])
@@ -193,7 +196,7 @@ def test_below_the_model_is_marked_on_distances_only(rows):
 
 def test_a_distance_that_is_not_finite_is_a_failure_and_no_nan_of_json():
     bad = row("a", 4, float("nan"), seconds=np.float64("inf"), nfe=np.int64(4), options={"x": np.float32(0.5)})
-    data = report_data([bad], 0.0, "t", {"spread": float("nan")})
+    data = report_data([bad], (), "t", {"spread": float("nan")})
     assert data["points"][0]["status"] == "failed"
     assert "finite" in data["points"][0]["reason"]
     read = strict_json(embedded_json(data))
@@ -213,14 +216,14 @@ def test_values_are_written_to_the_second_digit_of_their_interval(value, low, hi
 @pytest.mark.parametrize("rows", [[], [row("a", 4, 1.0), row("b", 4, 1.0, metric="fid")]], ids=["none", "two metrics"])
 def test_rows_of_no_or_two_metrics_are_refused(rows, tmp_path):
     with pytest.raises(ValueError, match=rf"^rows must be .* got {len(rows)} of"):
-        write_html_report(rows, 0.0, "t", {}, tmp_path)
+        write_html_report(rows, (), "t", {}, tmp_path)
 
 
 # what is in the page
 
 
 def test_the_report_is_one_file(rows, tmp_path):
-    path = write_html_report(rows, 0.1, "t", {}, tmp_path)
+    path = write_html_report(rows, FLOORS, "t", {}, tmp_path)
     assert path == tmp_path / "report.html"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -265,7 +268,7 @@ def test_the_data_block_has_no_character_that_could_end_it():
 
 
 def test_a_label_without_utf8_still_gives_a_page(tmp_path):
-    path = write_html_report([row("bad \ud800", 4, 1.0)], 0.0, "t", {}, tmp_path)
+    path = write_html_report([row("bad \ud800", 4, 1.0)], (), "t", {}, tmp_path)
     assert "bad ?" in path.read_text(encoding="utf-8")
 
 
@@ -295,7 +298,7 @@ def test_without_scripts_every_row_and_the_best_sets_can_be_read(page, rows):
 
 def test_tied_samplers_are_marked_in_the_table(tmp_path):
     rows = [row("a", 4, 1.0), row("b", 4, 1.35), row("c", 4, 1.5)]
-    page = write_html_report(rows, 0.0, "t", {}, tmp_path).read_text(encoding="utf-8")
+    page = write_html_report(rows, (), "t", {}, tmp_path).read_text(encoding="utf-8")
     matrix = page[page.index('data-metric="fd_toy"') : page.index('data-metric="kid"')]
     assert [cell["class"] for cell in Parsed(matrix).of("td")] == ["best", "tied", ""]
 
@@ -320,7 +323,7 @@ def test_pictures_are_embedded_exactly_and_without_the_enlargement(tmp_path, cha
     (tmp_path / "samples").mkdir()
     for ending in ("", "-path"):
         Image.fromarray(shown.squeeze()).save(tmp_path / "samples" / f"a-nfe4{ending}.png")
-    page = write_html_report([{**row("a", 4, 1.0), "num_samples": 100}], 0.0, "t", {}, tmp_path).read_text("utf-8")
+    page = write_html_report([{**row("a", 4, 1.0), "num_samples": 100}], (), "t", {}, tmp_path).read_text("utf-8")
     point = data_of(page)["points"][0]
     np.testing.assert_array_equal(pixels_of(point["picture"]), np.broadcast_to(shade, (48, 60, 3)))
     np.testing.assert_array_equal(pixels_of(point["path"]), np.broadcast_to(shade[:12], (12, 60, 3)))
@@ -329,7 +332,7 @@ def test_pictures_are_embedded_exactly_and_without_the_enlargement(tmp_path, cha
 def test_only_pictures_of_the_folder_are_read(tmp_path):
     save_picture(tmp_path / "secret-nfe4.png", 1)
     (tmp_path / "run" / "samples").mkdir(parents=True)
-    page = write_html_report([row("../../secret", 4, 1.0)], 0.0, "t", {}, tmp_path / "run")
+    page = write_html_report([row("../../secret", 4, 1.0)], (), "t", {}, tmp_path / "run")
     assert data_of(page.read_text(encoding="utf-8"))["points"][0]["picture"] is None
 
 
@@ -338,7 +341,7 @@ def test_pictures_beyond_the_limit_are_counted(tmp_path, monkeypatch):
         save_picture(tmp_path / "samples" / f"a-nfe{budget}.png", 7)
     size = len(html_report._encoded(tmp_path / "samples" / "a-nfe4.png"))
     monkeypatch.setattr(html_report, "_PICTURE_LIMIT", 2 * size)
-    page = write_html_report([row("a", budget, 1.0) for budget in BUDGETS], 0.0, "t", {}, tmp_path).read_text("utf-8")
+    page = write_html_report([row("a", budget, 1.0) for budget in BUDGETS], (), "t", {}, tmp_path).read_text("utf-8")
     data = data_of(page)
     assert [p["picture"] is not None for p in data["points"]] == [True, True, False]
     assert data["left_out"] == 1
@@ -438,7 +441,7 @@ def test_charts_draw_each_sampler_with_its_points_and_intervals(shown):
     for chart in ("#chart-nfe", "#chart-ms"):
         assert shown.count(f"{chart} .series > .line") == 5
         assert shown.count(f"{chart} .point") == shown.count(f"{chart} .error") == 13
-        assert shown.texts(f"{chart} .reference text") == ["the model itself, 0.50 ± 0.20", "real test set, 0.1"]
+        assert shown.texts(f"{chart} .reference text") == ["the model itself, 0.50 ± 0.20", "floor, 0.1"]
         assert shown.count(f"{chart} .series.student") == 1
         assert shown.count(f"{chart} .untrained") == 1
     looks = "[getComputedStyle(e.querySelector('.line')).stroke, e.querySelector('.marker').getAttribute('d')]"
@@ -624,3 +627,16 @@ def test_a_telephone_never_scrolls_the_page_sideways(shown, browser):
     assert shown.run("return [document.documentElement.scrollWidth, innerWidth]") == [390, 390]
     assert shown.run("return document.querySelector('#rows .scroll').scrollWidth") > 390  # the table does, in its box
     assert shown.run("return document.querySelector('#chart-nfe svg').getBoundingClientRect().width") <= 390
+
+
+def test_one_sign_has_one_meaning_in_the_page_and_in_the_tables(tmp_path):
+    """A double dagger meant tuned here and below the model there."""
+    tuned = row("a", 4, 1.0, tuned="on it", tuned_metrics=["kid"])
+    both = [tuned, row("b", 4, 0.2), row("many", 100, 0.5, role="teacher")]
+    page = write_html_report(both, (), "t", {}, tmp_path).read_text("utf-8")
+    primary, kid = (page.split(f'data-metric="{name}"')[1].split("</table>")[0] for name in ("fd_toy", "kid"))
+    signs = [[line.split("<sup>")[1].split("</sup>")[0] for line in part.split("<td")[1:]] for part in (primary, kid)]
+    assert signs == [["", BEYOND], [TUNED, BEYOND]]
+    key = page.split('<p class="key"><b>Bold</b>')[1].split("</p>")[0]
+    assert "&Dagger; lies below" in key
+    assert "&sect; was tuned" in key

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,23 @@ from rich.console import Console
 
 from bench import judging
 from bench import measure as bench_measure
+from bench.cells import identity, resolve
+from bench.columns import markdown as columns_table
+from bench.columns import undocumented
 from bench.engine import run_suite
 from bench.intervals import Distance
 from bench.judging import Metric, get_metric
+from bench.metrics import frechet_infinity
+from bench.provenance import provenance
 from bench.ranking import metrics_of
+from bench.report import write_results
+from bench.results import read_rows
 from bench.suite import SamplerSpec, Suite
+from bench.table import frame, markdown
+from bench.tuning import tuning_of
 from bench.zoo import BenchModel, load_model
-from samplers import sample
+from samplers import make_plan, sample
+from samplers.registry import get_sampler
 
 SUITE = Suite.model_validate(
     {
@@ -117,12 +130,127 @@ def test_metrics_that_cannot_be_had_are_refused_before_anything_is_measured(gmm:
 
 
 def test_a_figure_of_too_few_samples_is_a_gap_with_its_reason(gmm: BenchModel, tmp_path: Path) -> None:
-    suite = SUITE.changed(["ddim"], metrics=["fd_infinity"], seeds=[0], num_samples=10)
+    suite = SUITE.changed(["ddim"], metrics=["fd_infinity"], seeds=[0], num_samples=8)
     found = run_suite(suite, gmm, tmp_path, "cpu", Console(quiet=True))[0]
     assert found["status"] == "done"
     assert found["metrics"]["fd_infinity"]["value"] is None
-    assert "at least 17 samples" in found["metrics"]["fd_infinity"]["reason"]
+    assert "at least 9 samples" in found["metrics"]["fd_infinity"]["reason"]
     assert "fd_infinity" not in metrics_of([found])
+
+
+def test_a_figure_that_nobody_has_is_explained_in_every_file(gmm: BenchModel, tmp_path: Path) -> None:
+    """It was not in the table at all; the reason stood in the cell's own file alone."""
+    suite = SUITE.changed(["ddim"], metrics=["fd_infinity", "rmse"], seeds=[0], num_samples=8)
+    rows = run_suite(suite, gmm, tmp_path, "cpu", Console(quiet=True))
+    write_results(suite, gmm, tmp_path, "cpu", rows)
+    why = "at least 9 samples for 2 halvings, got 8"
+    assert re.search(rf"^- fd_infinity not known: .*{why}\.$", (tmp_path / "table.md").read_text(), re.MULTILINE)
+    assert why in frame(rows)["fd_infinity_reason"][0]
+    again = read_rows(tmp_path)
+    assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]
+    assert markdown(again, (), "t") == markdown(rows, (), "t")
+
+
+def test_a_divergence_has_an_interval_and_so_a_set_of_the_best(gmm: BenchModel, tmp_path: Path) -> None:
+    suite = SUITE.changed(["ddpm", "heun"], metrics=["gaussian_kl"], seeds=[0])
+    rows = run_suite(suite, gmm, tmp_path, "cpu", Console(quiet=True))
+    for row in rows:
+        figure = row["metrics"]["gaussian_kl"]
+        assert 0 <= figure["low"] < figure["value"] < figure["high"]
+
+
+def test_infinitely_many_samples_take_as_many_halvings_as_there_can_be(gmm: BenchModel) -> None:
+    features = {n: np.random.default_rng(0).standard_normal((n, 2)) for n in (16, 17)}
+    for n, halvings in ((16, 2), (17, 3)):
+        found = get_metric("fd_infinity").figures({"features": features[n]}, gmm.judge)["fd_infinity"]
+        assert found == frechet_infinity(features[n], gmm.judge.reference, halvings)
+
+
+def test_every_column_of_a_run_is_documented(rows: list[dict[str, Any]]) -> None:
+    assert undocumented(frame(rows).columns) == []
+    assert undocumented(["value", "brightness"]) == ["brightness"]
+    for table in Path(__file__).parent.parent.glob("results/*/table.csv"):
+        names = table.read_text().splitlines()[0].split(",")
+        assert table.parent.name == "speed" or undocumented(names) == [], table
+    assert columns_table() in (Path(__file__).parent.parent / "docs/benchmark.md").read_text()
+
+
+def test_a_row_says_every_option_and_its_last_step(rows: list[dict[str, Any]], tmp_path: Path, gmm: BenchModel) -> None:
+    """Defaults were {} and '' in a table, which is what nobody could repeat."""
+    samplers = [{"sampler": "dpm-solver-2m", "label": "two"}, {"sampler": "edm", "grid": "sgm"}, "ddim"]
+    suite = Suite.model_validate(
+        {**SUITE.model_dump(exclude={"models"}), "samplers": samplers, "metrics": [], "seeds": [0]}
+    )
+    rows = run_suite(suite, gmm, tmp_path, "cpu", Console(quiet=True))
+    write_results(suite, gmm, tmp_path, "cpu", rows)
+    read = read_rows(tmp_path)
+    assert [row["options"] for row in read] == [row["options"] for row in rows]
+    two, edm, ddim, _ = read
+    assert two["options"] == get_sampler("dpm-solver-2m").options
+    assert two["options"]["lower_order_final"] == 15
+    assert (two["final"], edm["final"], ddim["final"]) == ("t_min", "zero", "t_min")
+    assert edm["options"]["s_tmax"] == math.inf
+    for row in (two, edm, ddim):  # and so it is the plan that was measured
+        given = {"grid": row["grid"], "final": row["final"], "afs": row["afs"], **row["options"]}
+        plan = make_plan(row["sampler"], gmm.model.schedule, nfe=row["budget"], **given)
+        assert hashlib.sha256(plan.to_json().encode()).hexdigest()[:16] == row["plan_hash"]
+    known = resolve(suite, gmm, "cpu")[0]
+    assert identity(known, "cpu")["options"] == {}  # what was measured before stays measured
+
+
+def test_a_recommended_grid_was_tuned_on_the_error_that_judges_it(rows: list[dict[str, Any]]) -> None:
+    own = {row["label"]: row for row in rows if row["role"] == "sampler"}
+    assert own["ddim"]["tuned_metrics"] == ["rmse", "psnr"]
+    assert "tuned" not in own["ddpm"]  # which was not swept
+    assert "| ddim§ |" in markdown(rows, (), "t").split("## rmse")[1].split("##")[0]
+    assert "| ddim |" in markdown(rows, (), "t").split("## ")[0]
+    assert "§ ddim: its recommended grid was chosen by rmse on mixtures like this one." in markdown(rows, (), "t")
+
+
+@pytest.mark.parametrize(
+    ("row", "model", "tuned"),
+    [
+        ({"sampler": "heun"}, "gmm-16", True),
+        ({"sampler": "heun"}, "mnist", True),
+        ({"sampler": "heun", "grid": "karras"}, "gmm", False),
+        ({"sampler": "heun"}, "cifar10-gmm", False),
+        ({"sampler": "rk45"}, "gmm", False),
+        ({"sampler": "euler-ancestral"}, "gmm", False),
+    ],
+)
+def test_which_rows_are_tuned(row: dict[str, Any], model: str, tuned: bool) -> None:
+    assert bool(tuning_of(SamplerSpec(**row), model)) is tuned
+    assert tuning_of(SamplerSpec(**row, tuned="on it"), model) == {"tuned": "on it"}
+
+
+def test_the_model_stands_beside_every_row_and_the_provenance_says_how_it_was_judged(
+    gmm: BenchModel, tmp_path: Path
+) -> None:
+    suite = SUITE.changed(["ddim"], metrics=["kid"], seeds=[0, 5])
+    rows = run_suite(suite, gmm, tmp_path, "cpu", Console(quiet=True))
+    table = frame(rows)
+    for row in rows:
+        many = next(other for other in rows if other["role"] == "teacher" and other["seed"] == row["seed"])
+        line = table[(table.label == row["label"]) & (table.seed == row["seed"])].iloc[0]
+        assert line.model_value == many["value"]
+        assert line.kid_model_value == many["metrics"]["kid"]["value"]
+    write_results(suite, gmm, tmp_path, "cpu", rows)
+    made = json.loads((tmp_path / "provenance.json").read_text())
+    assert [(floor["what"], floor["count"]) for floor in made["floors"]] == [
+        ("exact samples against the reference", 60)
+    ]
+    assert made["judge"]["reference"] == "exact moments"
+    assert "model_value" not in read_rows(tmp_path)[0]
+
+
+def test_the_provenance_of_digits_names_averaging_split_and_rounding() -> None:
+    model = load_model("mnist")
+    made = provenance(SUITE, model, "cpu", [])
+    assert made["model"]["training"]["ema_half_life"] > 0
+    assert (made["judge"]["reference"]["split"], made["judge"]["reference"]["count"]) == ("train", 60_000)
+    assert made["judge"]["extractor"]["name"] == "mnist_cnn"
+    assert "8 bits" in made["judge"]["rounding"]
+    assert json.dumps(made)
 
 
 def test_a_failed_solution_costs_the_cells_that_are_compared_with_it(

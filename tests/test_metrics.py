@@ -19,6 +19,7 @@ from bench.metrics import (
     frechet_interval,
     gaussian_frechet,
     gaussian_kl,
+    gaussian_kl_interval,
     metric_name,
 )
 from bench.mixture import GaussianMixture
@@ -336,6 +337,20 @@ def test_kl_is_the_mean_of_the_log_ratio():
     x = draws(a, 200_000, 0)
     ratio = multivariate_normal(a.mean, a.covariance).logpdf(x) - multivariate_normal(b.mean, b.covariance).logpdf(x)
     assert gaussian_kl(a, b) == pytest.approx(ratio.mean(), abs=4 * ratio.std() / math.sqrt(len(x)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.05, 1.3])
+def test_the_interval_of_kl_is_that_of_repeated_draws(scale):
+    """Where samples are like the reference, so that all is bias and the first order vanishes, and where they are not."""
+    mixture = GaussianMixture.random(2)
+    reference = Moments.of_mixture(mixture)
+    found = [gaussian_kl_interval(scale * mixture.sample(300, k).numpy(), reference) for k in range(200)]
+    values = np.array([one.value for one in found])
+    stated = math.sqrt(np.mean([one.standard_error**2 for one in found]))
+    assert stated == pytest.approx(values.std(ddof=1), rel=0.4)
+    assert np.mean([one.low <= values.mean() <= one.high for one in found]) > 0.9
+    samples = scale * mixture.sample(300, 0).numpy()
+    assert found[0].value == gaussian_kl(Moments.of(samples), reference)
 
 
 def test_kl_does_not_know_units():

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from click.testing import CliRunner
 
@@ -21,15 +22,17 @@ def test_a_file_of_features_reads_as_its_rows(tmp_path):
 
 def test_the_report_agrees_with_torchmetrics(tmp_path):
     """The command fails where the two values differ, so that no speed is reported of something else."""
-    path = tmp_path / "report.json"
-    run = CliRunner().invoke(main, ["--samples", "300", "--dim", "20", "--repeats", "1", "--out", str(path)])
+    out = tmp_path / "metrics_speed"
+    run = CliRunner().invoke(main, ["--samples", "300", "--dim", "20", "--repeats", "1", "--out", str(out)])
     assert run.exit_code == 0, run.output
-    report = json.loads(path.read_text())
+    report = json.loads((out / "provenance.json").read_text())
+    assert {"commit", "versions", "threads", "torchmetrics_over_ours_processor"} <= set(report)
     assert report["torchmetrics_value"] == pytest.approx(report["value"], rel=1e-6)
     ours = write_features(tmp_path / "a.bin", 300, 20, seed=2, shift=0.1)
     theirs = write_features(tmp_path / "b.bin", 300, 20, seed=1)
     assert report["value"] == frechet_interval(ours, Moments.of(theirs)).value
-    assert [figure["work"] for figure in report["figures"]] == [
+    table = pd.read_csv(out / "table.csv")
+    assert list(table["work"]) == [
         "moments of the features, one pass",
         "distance of two moments",
         "root of the reference, once",
@@ -37,6 +40,11 @@ def test_the_report_agrees_with_torchmetrics(tmp_path):
         "distance with its interval, given the moments",
         "torchmetrics' compute from the same two moments",
     ]
+    assert list(table.columns) == ["work", "seconds", "processor", "memory_mb"]
+    text = (out / "table.md").read_text()
+    assert text.startswith("# The Frechet distance of 300 x 20 features")
+    assert text.count("\n| ") == 2 + len(table)
+    assert f"takes {report['torchmetrics_over_ours_processor']:.1f} times the processor time" in text
 
 
 def test_without_the_comparison_there_is_none():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,9 @@ from bench import judging
 from bench.judging import Metric
 from bench.ranking import Best, aggregated, best_of, beyond_model, chances_of_first, choose, higher_is_better, of_metric
 from bench.reading_cli import diff, doctor, merge, pick
+from bench.store import code_fingerprint
 from bench.table import frame
+from bench.zoo import load_network
 from samplers import Plan, make_plan, schedules
 
 COMMANDS = click.Group(commands={"pick": pick, "diff": diff, "merge": merge, "doctor": doctor})
@@ -240,6 +245,45 @@ def test_pick_reads_the_shipped_results_by_default(tmp_path: Path, monkeypatch: 
     result = run("pick", "--budget", 8, "--out", "plan.json")
     assert result.exit_code == 0, result.output
     assert json.loads(Path("plan.json").read_text())["sampler"] in result.output
+
+
+def test_pick_reads_the_newest_results_of_a_model_and_writes_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = {"gmm": 3.0, "gmm-2000": 2.0, "gmm-500": 1.0, "gmm-students-9": 0.5}
+    for age, name in enumerate(["gmm-500", "gmm", "gmm-2000", "gmm-students-9"]):
+        folder(tmp_path / "results" / name, [row(f"my {name}", 4, made[name])])
+        os.utime(tmp_path / "results" / name / "table.csv", (age, age))
+    told = said(run("pick", "--budget", 4, "--model", "gmm"))
+    assert "use: my gmm-2000 with 4 calls" in told
+    assert "by the results in results/gmm-2000" in told
+    assert (
+        "plan: my-gmm-2000-4.json (not bit for bit the measured plan, which was that of a model other than gmm)" in told
+    )
+    expected = make_plan("ddim", schedules.vp_linear(), nfe=4, grid="uniform")
+    assert Plan.from_json(Path("my-gmm-2000-4.json").read_text()) == expected
+
+
+def test_pick_says_why_a_plan_is_not_the_measured_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan("ddim", schedules.vp_linear(), nfe=4, grid="uniform")
+    digest = hashlib.sha256(plan.to_json().encode()).hexdigest()[:16]
+    mine = {"model_hash": load_network("gmm", "cpu", "fp32").hash, "code": code_fingerprint()}
+
+    numbers = itertools.count()
+
+    def told(**changes: Any) -> str:
+        out = tmp_path / f"run{next(numbers)}"
+        return said(run("pick", "--results", folder(out, [row("a", 4, 1.0, **changes)]), "--budget", 4))
+
+    assert "plan: a-4.json" in told(plan_hash=digest)
+    assert "not bit for bit" not in told(plan_hash=digest)
+    assert "which was made by another version of fewstep" in told(**{**mine, "code": "c0"})
+    assert "which was made on another processor" in told(**mine)
+    adaptive = told(sampler="rk45")
+    assert "no plan is written: a chooses its steps while it runs and has no plan" in adaptive
+    assert "use: a with 4 calls" in adaptive
 
 
 @pytest.mark.parametrize(

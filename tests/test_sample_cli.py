@@ -10,6 +10,7 @@ from PIL import Image
 
 from bench.cli import main
 from bench.data import load_images
+from bench.zoo import load_network
 from distill.checkpoint import Checkpoint, save_checkpoint
 from distill.network import PatchUNet
 from distill.student import ddim_plan, load_student
@@ -91,7 +92,6 @@ def test_an_archive_for_other_tools(tiny, tmp_path):
 
 
 def test_the_library_makes_the_same(tmp_path):
-    from bench.zoo import load_network
     from samplers import sample
 
     run("--num", 2, "--sampler", "ddim", "--steps", 2, "--option", "eta=0.5", "--seed", 4, "--out", tmp_path / "out")
@@ -221,6 +221,11 @@ def test_error_controlled_samplers(tmp_path):
         (("--option", "etta=1"), "unknown option of sampler 'dpmpp-2m'"),
         (("--out", "a.jpg"), "--out must end in .png or .npz"),
         (("--out", "FULL"), "is no empty folder"),
+        (("--latents",), "--latents are numbers, not pictures: --out must end in .npz"),
+        (
+            ("--latents", "--out", "NPZ"),
+            "--latents is for a latent model; samples of model TINY are what --pixels writes",
+        ),
         (("--trajectory", "a.mp4"), "--trajectory must end in .png or .gif"),
         (("--model", "gmm", "--trajectory", "a.gif"), "--trajectory shows images"),
         (("--model", "gmm", "--init-image", "IMAGE"), "--init-image needs a model of images"),
@@ -236,7 +241,12 @@ def test_mistakes_end_in_one_line(tiny, given, tmp_path, arguments, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.png").touch()
     places = {"IMAGE": given / "image.png", "MASK": given / "mask.png", "WIDE": tmp_path / "wide.png"}
-    places |= {"TEXT": tmp_path / "text.png", "FULL": tmp_path / "full", "OUT": tmp_path / "new"}
+    places |= {
+        "TEXT": tmp_path / "text.png",
+        "FULL": tmp_path / "full",
+        "OUT": tmp_path / "new",
+        "NPZ": tmp_path / "new.npz",
+    }
     asked = [str(places.get(word, word)) for word in arguments]
     model = [] if "--model" in asked else ["--model", str(tiny / "tiny")]
     out = [] if "--out" in asked else ["--out", str(tmp_path / "a.png")]
@@ -263,6 +273,13 @@ def test_a_latent_pipeline_with_prompts(tiny_folder, tmp_path):
     a, b = (load_images(tmp_path / name).images for name in "ab")
     assert a.shape == (2, 3, 16, 16)
     assert (a != b).any()
+    raw = run(*model, "--prompt", "a cat", "--latents", "--out", tmp_path / "b.npz")
+    assert raw.exit_code == 0, raw.output
+    latents = np.load(tmp_path / "b.npz")["samples"]
+    assert (latents.shape, latents.dtype) == ((2, 4, 8, 8), np.float32)
+    space = load_network(str(model[1]), "cpu", "fp32").space
+    same = ((space.decode(torch.from_numpy(latents)) + 1) * 127.5).round().clamp(0, 255).numpy()
+    assert np.abs(same - b).max() <= 1
     Image.fromarray(a[0].transpose(1, 2, 0)).save(tmp_path / "image.png")
     mask = np.zeros((16, 16), np.uint8)
     mask[:, 9:] = 255  # not a whole number of latents

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+from scipy.spatial.distance import cdist
 
 from bench.sample_metrics import (
     _potential,
@@ -131,6 +132,11 @@ def loop_manifolds(x: np.ndarray, y: np.ndarray, k: int, wide: int) -> dict[str,
     }
 
 
+def over_reference(x: np.ndarray, y: np.ndarray, k: int, wide: int) -> dict[str, float]:
+    ours, theirs, apart = (np.sort(cdist(x, x), 1)[:, k], np.sort(cdist(y, y), 1)[:, wide], cdist(x, y))
+    return {"recall": (apart <= ours[:, None]).any(0).mean(), "coverage": (apart <= theirs).any(0).mean()}
+
+
 @pytest.mark.parametrize("tile", [2048, 7])
 @pytest.mark.parametrize("offset", [0.0, 1e5])
 def test_manifolds_are_the_double_loop(tile, offset, monkeypatch):
@@ -142,8 +148,24 @@ def test_manifolds_are_the_double_loop(tile, offset, monkeypatch):
     for name, values in expected.items():
         assert 0.1 < found[name].value < 1.5
         assert found[name].value == pytest.approx(values.mean(), abs=1e-12), name
-        assert found[name].standard_error == pytest.approx(scipy.stats.sem(values.astype(float)), rel=1e-10), name
+        error = scipy.stats.sem(values.astype(float))
+        if name in ("recall", "coverage"):
+            left_out = [over_reference(np.delete(x, [2 * b, 2 * b + 1], axis=0), y, 3, 5)[name] for b in range(20)]
+            error = math.sqrt(error**2 + 19 * np.var(left_out))
+        assert found[name].standard_error == pytest.approx(error, rel=1e-10), name
         assert found[name].count == len(values)
+
+
+def test_recall_and_coverage_say_how_far_other_samples_would_be() -> None:
+    """The error of the mean over the reference alone is too small; with that of the samples it errs on the wide side."""
+    y = normal(600, 8, 99)
+    found = [manifold_metrics(1.1 * normal(80, 8, seed), y) for seed in range(40)]
+    for name in ("recall", "coverage"):
+        spread = np.std([one[name].value for one in found], ddof=1)
+        stated = np.sqrt(np.mean([one[name].standard_error ** 2 for one in found]))
+        alone = np.sqrt(np.mean([one[name].value * (1 - one[name].value) / 600 for one in found]))
+        assert 0.9 * spread < stated < 2.2 * spread, (name, spread, stated)
+        assert alone < 0.9 * spread, name
 
 
 def test_manifolds_of_the_reference_itself_and_of_samples_far_away():

@@ -17,6 +17,7 @@ from rich.console import Console
 from bench.cells import identity, resolve
 from bench.cli import main
 from bench.engine import run_suite
+from bench.floor import TEST, Floor
 from bench.network import on_device
 from bench.plots import save_frontier
 from bench.store import key_of
@@ -30,6 +31,7 @@ from distill.student import load_student
 from samplers import make_plan, sample, schedules
 
 COSINE = schedules.cosine()
+FLOORS = (Floor(TEST, 100, 0.1),)
 PHASES = {"8-steps": {"images": 1000, "minutes": 1.5}, "4-steps": {"images": 500, "minutes": 0.75}}
 
 
@@ -152,7 +154,7 @@ def test_costs_are_columns_and_a_table(folders: Path, teacher: BenchModel, tmp_p
 def test_a_table_without_students_has_none_of_their_columns(teacher: BenchModel, tmp_path: Path) -> None:
     rows = measure(suite_of("teacher", "ddim", nfe=[2]), teacher, tmp_path)
     assert not {"trained", "train_images", "inputs"} & set().union(*rows)
-    assert "Training" not in markdown(rows, 0.0, "t")
+    assert "Training" not in markdown(rows, (), "t")
 
 
 def test_the_committed_rows_are_known_by_the_fields_that_a_sampler_has_today(teacher: BenchModel) -> None:
@@ -245,7 +247,7 @@ def test_the_weight_of_a_guided_student_reaches_its_network(teacher: BenchModel,
         resolve(suite_of("teacher", {**rows[0], "guidance": 5.0}), teacher, "cpu")
     with pytest.raises(ValueError, match="guidance must be in the range .* 0 to 4, got 6"):
         resolve(suite.changed(["default"], guidance=6.0), teacher, "cpu")
-    assert "- Guidance weight: w0 0, w3 3, default 0." in markdown(found, 0.0, "t")
+    assert "- Guidance weight: w0 0, w3 3, default 0." in markdown(found, (), "t")
 
 
 def test_guidance_that_no_network_takes_is_refused(folders: Path, teacher: BenchModel) -> None:
@@ -274,9 +276,9 @@ def test_the_frontier_draws_students_apart(tmp_path: Path) -> None:
     base = {"role": "sampler", "status": "done", "metric": "fd", "low": 1.0, "high": 3.0, "value": 2.0}
     rows = [{**base, "label": "ddim", "budget": n, "nfe": n} for n in (2, 4)]
     student = [{**base, "label": "s", "budget": n, "nfe": n, "trained": n == 4} for n in (2, 4)]
-    save_frontier(rows + student, 0.1, "t", tmp_path / "a.png")
+    save_frontier(rows + student, FLOORS, "t", tmp_path / "a.png")
     plain = [{name: value for name, value in row.items() if name != "trained"} for row in student]
-    save_frontier(rows + plain, 0.1, "t", tmp_path / "b.png")
+    save_frontier(rows + plain, FLOORS, "t", tmp_path / "b.png")
     with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
         assert a.size[0] > 1000
         assert a.tobytes() != b.tobytes()

@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from bench.suite import StudentSpec, load_suite, suite_names
+from samplers.registry import SAMPLERS
 
 BASE = {
     "name": "tiny",
@@ -39,6 +40,45 @@ def test_a_file_is_read_and_budgets_are_sorted(tmp_path):
     assert suite.samplers[1].options == {"variable": "t"}
 
 
+def test_a_row_with_lists_is_a_row_for_each_combination(tmp_path):
+    rows = [
+        {"sampler": "heun", "grid": ["edm", "logsnr"]},
+        {"sampler": ["dpmpp-2m", "unipc-3"], "grid": ["uniform", None], "afs": True},
+        {"sampler": "ddim", "label": "mine", "model": ["gmm", "runs/a/model"], "options": {"eta": 0.5}},
+    ]
+    suite = load_suite(write(tmp_path, samplers=rows))
+    found = [(spec.label, spec.sampler, spec.grid, spec.model, spec.afs) for spec in suite.samplers]
+    assert found == [
+        ("heun edm", "heun", "edm", None, False),
+        ("heun logsnr", "heun", "logsnr", None, False),
+        ("dpmpp-2m uniform", "dpmpp-2m", "uniform", None, True),
+        ("dpmpp-2m grid none", "dpmpp-2m", None, None, True),
+        ("unipc-3 uniform", "unipc-3", "uniform", None, True),
+        ("unipc-3 grid none", "unipc-3", None, None, True),
+        ("mine gmm", "ddim", None, "gmm", False),
+        ("mine runs-a-model", "ddim", None, "runs/a/model", False),
+    ]
+    assert [spec.options for spec in suite.samplers[-2:]] == [{"eta": 0.5}] * 2
+    assert suite.changed(nfe=[3]).samplers == suite.samplers
+
+
+def test_a_list_of_models_is_a_suite_for_each(tmp_path):
+    suite = load_suite(write(tmp_path, model=["gmm", "runs/x/model"]))
+    assert {name: one.model for name, one in suite.of_each_model().items()} == {
+        "gmm": "gmm",
+        "runs-x-model": "runs/x/model",
+    }
+    assert [one.models for one in suite.of_each_model().values()] == [(), ()]
+    assert suite.changed(nfe=[3]).models == suite.models
+    assert set(suite.changed(model="gmm-3").of_each_model()) == {""}
+    assert load_suite(write(tmp_path)).of_each_model() == {"": load_suite(write(tmp_path))}
+
+
+def test_the_exact_suite_has_every_deterministic_sampler():
+    have = {spec.sampler for spec in load_suite("gmm").samplers}
+    assert have >= {name for name, sampler in SAMPLERS.items() if sampler.stochastic == "no"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -52,6 +92,12 @@ def test_a_file_is_read_and_budgets_are_sorted(tmp_path):
             "label 'ddim' stands for two rows",
         ),
         ({"num_samples": 1}, "num_samples"),
+        (
+            {"samplers": [{"sampler": "heun", "grid": []}]},
+            r"line \d+: samplers.0.several: grid must be a value or a list",
+        ),
+        ({"samplers": [{"sampler": "heun", "grid": ["edm", "edmm"]}]}, r"rows\.1\.grid: unknown grid 'edmm'"),
+        ({"model": ["gmm", "gmm"]}, "model must be a name or a list of different ones"),
         ({"num_samples": "many"}, "num_samples"),
         ({"samplers": ["dimd"]}, "unknown sampler 'dimd'; did you mean 'ddim'"),
         ({"samplers": [{"sampler": "ddim", "options": {"etta": 1}}]}, "unknown option .* 'etta'; did you mean 'eta'"),

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 from test_ranking import row
 
+from bench.floor import HALVES, TEST, Floor
 from bench.latex import escaped, latex
 from bench.plots import line_style, save_frontier
 from bench.report import write_tables
@@ -32,6 +33,7 @@ ROWS = [
     row("c", 8, 9.5),
     TEACHER,
 ]
+FLOORS = (Floor(TEST, 100, 0.3, 0.2, 0.4, 0.05), Floor(HALVES, 50, 0.6, 0.5, 0.7, 0.05))
 KD = {"value": 0.25, "low": 0.2, "high": 0.3, "standard_error": 0.025}
 
 
@@ -41,26 +43,28 @@ def cells(text: str, label: str) -> list[str]:
 
 
 def test_markdown_marks_the_best_its_ties_and_what_is_better_than_the_model() -> None:
-    text = markdown(ROWS, 0.3, "title")
-    assert cells(text, "a") == ["**2.00 ± 0.20**", "**0.50 ± 0.20‡**"]
-    assert cells(text, "b") == ["= 2.20 ± 0.20", "1.50 ± 0.20"]
-    assert cells(text, "c") == ["9.00 ± 0.20", "9.50 ± 0.20"]
+    text = markdown(ROWS, FLOORS, "title")
+    assert cells(text, "sampler") == ["NFE 4", "NFE 8", "model itself"]
+    assert cells(text, "a") == ["**2.00 ± 0.20**", "**0.50 ± 0.20‡**", "1.00 ± 0.20"]
+    assert cells(text, "b") == ["= 2.20 ± 0.20", "1.50 ± 0.20", "1.00 ± 0.20"]
+    assert cells(text, "c") == ["9.00 ± 0.20", "9.50 ± 0.20", "1.00 ± 0.20"]
     for line in (
         "- Bold: the best of a column; =: its 95 % interval overlaps the best one's, a tie.",
         "- The model itself (ddim, 50 calls): 1.00 ± 0.20.",
-        "- Floor, real test set against training statistics: 0.3.",
-        "- ‡ Better than the model itself: between such rows the model, not the sampler, is ranked.",
+        "- Floor at 100 samples, test data against the reference: 0.30 ± 0.10.",
+        "- Floor at 50 samples, reference data against as much other reference data: 0.60 ± 0.10.",
+        "- ‡ Below the model's own value: between such rows the model, not the sampler, is ranked.",
     ):
         assert line in text.splitlines()
 
 
 def test_a_table_without_ties_or_marks_does_not_explain_them() -> None:
-    text = markdown([row("a", 4, 2.0), row("b", 4, 5.0)], 0.0, "t")
-    assert [part for part in ("‡", "§", "†", "a tie", "Floor", "The model itself") if part in text] == []
+    text = markdown([row("a", 4, 2.0), row("b", 4, 5.0)], (), "t")
+    assert [part for part in ("‡", "§", "†", "a tie", "Floor", "odel itself") if part in text] == []
 
 
 def test_a_row_that_was_tuned_on_its_judge_says_so() -> None:
-    text = markdown([row("a", 4, 2.0, tuned="tuned on the metric that judges it"), row("b", 4, 5.0)], 0.0, "t")
+    text = markdown([row("a", 4, 2.0, tuned="tuned on the metric that judges it"), row("b", 4, 5.0)], (), "t")
     assert "| a§ | **2.00 ± 0.20** |" in text
     assert "- § a: tuned on the metric that judges it." in text
 
@@ -68,7 +72,7 @@ def test_a_row_that_was_tuned_on_its_judge_says_so() -> None:
 def test_seeds_are_averaged_in_the_table_and_apart_in_the_csv() -> None:
     rows = [row("a", 4, v, seed=i) for i, v in enumerate((1.0, 2.0))]
     rows.append({**row("b", 4, 0.0, seed=0), "status": "failed", "reason": "NaN"})
-    text = markdown(rows, 0.0, "t")
+    text = markdown(rows, (), "t")
     assert cells(text, "a")[0] == "**1.50 ± 0.14**"
     assert "mean of 2 seeds" in text
     assert "- Failed: b at 4 with seed 0: NaN" in text
@@ -77,17 +81,17 @@ def test_seeds_are_averaged_in_the_table_and_apart_in_the_csv() -> None:
 
 def test_a_cell_of_another_shard_is_told_of() -> None:
     missing = {**row("b", 4, 0.0), "status": "missing", "reason": "left to another shard"}
-    text = markdown([row("a", 4, 1.0), missing], 0.0, "t")
+    text = markdown([row("a", 4, 1.0), missing], (), "t")
     assert cells(text, "b") == ["-"]
     assert "- Not measured: b at 4; left to another shard." in text
 
 
 def test_costs_have_the_columns_that_rows_have() -> None:
-    plain = markdown(ROWS, 0.0, "t")
+    plain = markdown(ROWS, (), "t")
     assert "| sampler | budget | calls | images/s | ms/image | peak memory (MB) |" in plain
     assert "| a | 4 | 4 | 50 | 20 | 300 |" in plain
     more = {"evaluations": 8, "guided_evaluations": 8, "sequential_calls": 2, "energy_joules": 12345.0}
-    rich = markdown([row("a", 4, 1.0, **more), row("b", 4, 2.0)], 0.0, "t")
+    rich = markdown([row("a", 4, 1.0, **more), row("b", 4, 2.0)], (), "t")
     assert "| sequential depth | evaluations | evaluations under guidance |" in rich
     assert "| energy (J) |" in rich
     assert "| a | 4 | 4 | 2 | 8 | 8 | 50 | 20 | 300 | 12345 |" in rich
@@ -102,7 +106,7 @@ def test_a_further_metric_is_four_columns_and_a_table() -> None:
     table = frame(rows)
     assert table.loc[0, ["kd", "kd_low", "kd_high", "kd_standard_error"]].tolist() == [0.25, 0.2, 0.3, 0.025]
     assert table.loc[1, ["kd_low", "kd_high"]].isna().all()
-    part = markdown(rows, 0.0, "t").split("## kd\n")[1]
+    part = markdown(rows, (), "t").split("## kd\n")[1]
     assert "| a | **0.250 ± 0.050** |" in part
     assert "| b | 0.5 |" in part
     assert "Smaller is better" in part
@@ -111,7 +115,7 @@ def test_a_further_metric_is_four_columns_and_a_table() -> None:
 
 def test_the_terminal_marks_the_same_cells() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(terminal(ROWS, 0.3, "title"))
+    console.print(terminal(ROWS, FLOORS, "title"))
     text = console.export_text()
     assert "*2.00 ± 0.20" in text
     assert "=2.20 ± 0.20" in text
@@ -200,15 +204,17 @@ def structure(text: str) -> tuple[list[str], list[int]]:
 
 
 def test_latex_has_bold_underlined_subscripts_and_sound_structure() -> None:
-    text = latex([*ROWS, row("d_1 & co", 4, 20.0)], 0.3, "50 % of #1", "a note_with $ signs")
+    text = latex([*ROWS, row("d_1 & co", 4, 20.0)], FLOORS, "50 % of #1", "a note_with $ signs")
     assert text.startswith("% needs \\usepackage{booktabs}\n")
-    assert "a & $\\mathbf{2.00}_{\\pm 0.20}$ & $\\mathbf{0.50}_{\\pm 0.20}^{\\ddagger}$ \\\\" in text
-    assert "b & $\\underline{2.20}_{\\pm 0.20}$ & $1.50_{\\pm 0.20}$ \\\\" in text
-    assert "d\\_1 \\& co & $20.00_{\\pm 0.20}$ &  \\\\" in text
+    assert (
+        "a & $\\mathbf{2.00}_{\\pm 0.20}$ & $\\mathbf{0.50}_{\\pm 0.20}^{\\ddagger}$ & $1.00_{\\pm 0.20}$ \\\\" in text
+    )
+    assert "b & $\\underline{2.20}_{\\pm 0.20}$ & $1.50_{\\pm 0.20}$ & $1.00_{\\pm 0.20}$ \\\\" in text
+    assert "d\\_1 \\& co & $20.00_{\\pm 0.20}$ &  & $1.00_{\\pm 0.20}$ \\\\" in text
     assert "\\caption{50 \\% of \\#1}" in text
     assert "A note\\_with \\$ signs." in text
     environments, columns = structure(text)
-    assert columns == [2] * 4
+    assert columns == [3] * 4
     assert [name for _, name in environments] == ["table", "tabular", "tabular", "minipage", "minipage", "table"]
     unescaped = re.sub(r"\\[\\{}$&#_%]", "", text)
     assert unescaped.count("{") == unescaped.count("}")
@@ -227,7 +233,7 @@ def test_everything_that_latex_would_read_is_escaped() -> None:
 
 def test_both_pictures_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_tables(ROWS, 0.3, "title", "", tmp_path / name)
+        write_tables(ROWS, FLOORS, "title", "", tmp_path / name)
     for file in ("frontier.png", "frontier.svg", "table.tex", "table.csv", "table.md"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     svg = (tmp_path / "a/frontier.svg").read_text()
@@ -246,16 +252,16 @@ def test_no_two_lines_look_alike() -> None:
 
 @pytest.mark.slow
 def test_many_rows_make_the_picture_taller_not_the_legend_cut(tmp_path: Path) -> None:
-    save_frontier([row(f"s{k}", 4, 1.0 + k) for k in range(40)], 0.0, "t", tmp_path / "many.png")
-    save_frontier([row("s", 4, 1.0)], 0.0, "t", tmp_path / "one.png")
+    save_frontier([row(f"s{k}", 4, 1.0 + k) for k in range(40)], (), "t", tmp_path / "many.png")
+    save_frontier([row("s", 4, 1.0)], (), "t", tmp_path / "one.png")
     with Image.open(tmp_path / "many.png") as many, Image.open(tmp_path / "one.png") as one:
         assert many.size[1] > 1.7 * one.size[1]
 
 
 def test_notes_tell_the_calls_that_were_really_made() -> None:
-    assert any("heun 4 of 5" in line for line in notes([row("heun", 5, 1.0, nfe=4)], 0.0))
+    assert any("heun 4 of 5" in line for line in notes([row("heun", 5, 1.0, nfe=4)], ()))
 
 
 def test_the_csv_of_a_run_is_one_line_a_cell(tmp_path: Path) -> None:
-    write_tables(ROWS, 0.0, "title", "", tmp_path)
+    write_tables(ROWS, (), "title", "", tmp_path)
     assert len(pd.read_csv(tmp_path / "table.csv")) == len(ROWS)

@@ -24,7 +24,7 @@ function linesOf(metric) {
   const { model, floor } = metric;
   return [
     model && { kind: "model", value: model.value, text: `the model itself, ${model.text}` },
-    floor !== null && { kind: "floor", value: floor, text: `real test set, ${short(floor)}` },
+    floor !== null && { kind: "floor", value: floor, text: `floor, ${short(floor)}` },
   ].filter(Boolean);
 }
 

@@ -8,8 +8,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bench.floor import Floor
 from bench.intervals import REACH
-from bench.ranking import mean_of, overlap
+from bench.ranking import mean_of, overlap, tuned_here
 
 Row = dict[str, Any]
 _AGREEMENT = "label_agreement"
@@ -51,7 +52,7 @@ class Estimate:
 
 def report_data(
     rows: Sequence[Row],
-    floor: float,
+    floors: Sequence[Floor],
     title: str,
     provenance: dict[str, Any],
     note: str = "",
@@ -64,7 +65,7 @@ def report_data(
     """
     rows = [plain(row) for row in rows]
     points = [_point(rows, members) for members in _groups(rows)]
-    metrics = _metrics(points, rows[0]["metric"], floor, {_AGREEMENT, *higher_is_better})
+    metrics = _metrics(points, rows[0]["metric"], floors, {_AGREEMENT, *higher_is_better})
     for metric in metrics:
         _mark(points, metric)
     mine = [point for point in points if point["role"] == "sampler"]
@@ -72,6 +73,7 @@ def report_data(
         "title": title,
         "note": note,
         "metrics": metrics,
+        "floors": [asdict(floor) for floor in floors],
         "samplers": [_sampler(label, mine) for label in dict.fromkeys(point["label"] for point in mine)],
         "budgets": sorted({point["budget"] for point in mine}),
         "points": points,
@@ -125,11 +127,12 @@ def _point(rows: Sequence[Row], members: Sequence[int]) -> dict[str, Any]:
         "student": "trained" in first,
         "untrained": first.get("trained") is False,
         "tuned": first.get("tuned") or "",
+        "tuned_metrics": first.get("tuned_metrics") or [],
         "nfe": _mean(row.get("nfe") for row in done),
         "ms": _mean(1000 / row["images_per_second"] for row in done if row.get("images_per_second")),
         "seconds": _mean(row.get("seconds") for row in done),
         "peak_memory_mb": max((row["peak_memory_mb"] for row in done if row.get("peak_memory_mb")), default=None),
-        "metrics": {name: _entry(seeds) for name, seeds in _seeds(done).items()},
+        "metrics": {name: _entry(seeds, first, name) for name, seeds in _seeds(done).items()},
         "seeds": len(done),
         "rows": list(members),
     }
@@ -163,12 +166,14 @@ def _share(value: float, count: int) -> Row:
     return {"value": value, "low": low, "high": high, "standard_error": error}
 
 
-def _entry(seeds: Sequence[Estimate]) -> dict[str, Any]:
-    whole = combined(seeds)
-    return {**asdict(whole), "text": str(whole), "mark": "", "below_model": False}
+def _entry(seeds: Sequence[Estimate], row: Row, metric: str) -> dict[str, Any]:
+    whole, tuned = combined(seeds), tuned_here({**row, "metric": metric})
+    return {**asdict(whole), "text": str(whole), "mark": "", "below_model": False, "tuned": tuned}
 
 
-def _metrics(points: Sequence[Row], primary: str, floor: float, higher: Collection[str]) -> list[dict[str, Any]]:
+def _metrics(
+    points: Sequence[Row], primary: str, floors: Sequence[Floor], higher: Collection[str]
+) -> list[dict[str, Any]]:
     """Name, direction, floor and the model's own value of each metric, the primary one first."""
     names = [primary, *(name for point in points for name in point["metrics"])]
     names = sorted(dict.fromkeys(names), key=lambda name: name == _AGREEMENT)  # stable: the agreement last
@@ -178,7 +183,7 @@ def _metrics(points: Sequence[Row], primary: str, floor: float, higher: Collecti
             "name": name,
             "primary": name == primary,
             "higher": name in higher and name != primary,
-            "floor": floor if name == primary and floor > 0 else None,
+            "floor": floors[0].value if name == primary and floors and floors[0].value > 0 else None,
             "model": {**model["metrics"][name], "label": model["label"], "nfe": model["nfe"]}
             if model and name in model["metrics"]
             else None,

@@ -63,7 +63,7 @@ function remarks(tag, point, entry) {
   const cautions = [
     entry?.below_model && "below the model's own distance: here the model, not the sampler, is ranked",
     point.untrained && "student not trained for this number of calls",
-    point.tuned && `tuned on ${point.tuned}`,
+    entry?.tuned && `\u00a7 ${entry.tuned}`,
   ];
   return [
     entry?.mark ? el(tag, { class: "merit" }, merits[entry.mark]) : null,

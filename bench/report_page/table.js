@@ -27,7 +27,8 @@ function metricCell(point, name, primary) {
   const entry = point.metrics[name];
   if (!entry) return primary ? el("span", { class: `state ${point.status}` }, point.status) : "";
   return [
-    entry.below_model ? el("span", { class: "badge warn", title: "below the model's own distance: here the model, not the sampler, is ranked" }, "\u25bf model ranked") : null,
+    entry.below_model ? el("span", { class: "badge warn", title: "below the model's own distance: here the model, not the sampler, is ranked" }, "\u2021 model ranked") : null,
+    entry.tuned ? el("span", { class: "badge warn", title: entry.tuned }, "\u00a7 tuned") : null,
     entry.mark ? el("span", { class: `badge ${entry.mark}` }, entry.mark) : null,
     el("span", { class: entry.mark ? "value strong" : "value" }, entry.text),
   ];

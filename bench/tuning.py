@@ -1,0 +1,41 @@
+"""Which rows were tuned on what judges them: the recommended grids were chosen by measurement, see results/grids."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from bench.suite import SamplerSpec
+from samplers import make_plan, schedules
+from samplers.registry import SAMPLERS
+
+Row = dict[str, Any]
+_BY = ("rmse", "psnr")  # two forms of one error, from the many-step solution of the same noise
+_MIXTURE, _DIGITS = "mixtures like this one", "this model, for the sampler or a relative of it"
+
+
+def tuning_of(spec: SamplerSpec, model: str) -> Row:
+    """The columns `tuned`, what a row was tuned on, and `tuned_metrics`, which of the metrics that concerns; none where nothing.
+
+    What the suite says of a row holds for every metric. Without that, a row on its sampler's recommended grid is one of those
+    that `bench.grid_sweep` chose by the error on the mixtures `gmm` and on the shipped model `mnist`.
+
+    Args:
+        spec: of the row.
+        model: its name in the zoo.
+    """
+    if spec.tuned:
+        return {"tuned": spec.tuned}
+    where = _DIGITS if model == "mnist" else _MIXTURE if model == "gmm" or model.startswith("gmm-") else ""
+    if not where or spec.grid is not None or not _swept(spec.sampler):
+        return {}
+    return {"tuned": f"its recommended grid was chosen by rmse on {where}", "tuned_metrics": list(_BY)}
+
+
+@lru_cache
+def _swept(sampler: str) -> bool:
+    """Whether the sweep had it: the samplers of fewstep whose plan uses no noise."""
+    known = SAMPLERS.get(sampler)
+    return (
+        known is not None and not known.adaptive and not make_plan(sampler, schedules.vp_linear(), steps=20).stochastic
+    )
