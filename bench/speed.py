@@ -75,8 +75,8 @@ class Row:
         ours, ours_spread: of `run_plan`, everything in it included.
         theirs, theirs_spread: of diffusers' loop over `step` and `scale_model_input`, `set_timesteps` not included.
         ratio: theirs / ours.
-        floor: the bytes our plan must move over the bandwidth of a copy that cycles over as many buffers as the plan does; that
-            is measured once for each shape and number of buffers, in turn with the first plan that has it.
+        floor: the bytes our plan must move over the bandwidth of a copy that cycles over as many buffers as the plan does, for
+            as many bytes, and in turn with both sides.
         over_floor: ours / floor.
         registers: tensors of the state's size that the plan cycles over, besides the start.
         one_call: deterministic, with one network call a step.
@@ -111,15 +111,11 @@ def measure(
         seconds: of timing for each method and shape, both sides together.
     """
     for shape in shapes:
-        bandwidths: dict[int, float] = {}
         for method in methods:
-            yield _row(method, shape, torch.device(device), seconds, bandwidths)
+            yield _row(method, shape, torch.device(device), seconds)
 
 
-def _row(
-    method: Method, shape: tuple[int, ...], device: torch.device, seconds: float, bandwidths: dict[int, float]
-) -> Row:
-    """One row; the bandwidth over a number of buffers is added where there is none yet."""
+def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: float) -> Row:
     x_T = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     plan = make_plan(method.sampler, SCHEDULE, steps=STEPS, grid="linspace", **method.options)
     alive, registers = held(_program(plan))
@@ -144,12 +140,10 @@ def _row(
     def ours() -> float:
         return _timed(device, lambda: run_plan(plan, model, x_T, noise_source=noise))
 
-    lap, ring = _copies(x_T, registers + 1)
-    known = registers in bandwidths
-    mine, other, *laps = _alternate([ours, theirs] if known else [ours, theirs, lap], seconds)
-    if not known:
-        bandwidths[registers] = ring / statistics.median(laps[0])
-    loop_floor = bytes_moved(plan, x_T.numel() * x_T.element_size()) / bandwidths[registers] / plan.nfe
+    moved = bytes_moved(plan, x_T.numel() * x_T.element_size())
+    copies, copied = _copies(x_T, registers + 1, moved)
+    mine, other, copying = _alternate([ours, theirs, copies], seconds)
+    loop_floor = statistics.median(copying) * moved / copied / plan.nfe
     (a, a_spread), (b, b_spread) = _centre(mine, plan.nfe), _centre(other, calls)
     return Row(
         method.sampler,
@@ -261,15 +255,20 @@ def _program(plan: Plan) -> Program:
     return plan.program(tuple(call.kind == "eps" for call in plan.calls))
 
 
-def _copies(like: Tensor, buffers: int) -> tuple[Callable[[], float], int]:
-    """A timed round of copies over a number of buffers, and the bytes it moves: read and write both count."""
+def _copies(like: Tensor, buffers: int, moved: int) -> tuple[Callable[[], float], int]:
+    """Timed copies that go round over a number of buffers, about `moved` bytes in all, and how many those are.
+
+    Read and write both count. A single round would be over before the caches hold what a plan's twenty steps find in them.
+    """
     ring = [torch.empty_like(like).fill_(k) for k in range(max(2, buffers))]
+    each = 2 * like.numel() * like.element_size()
+    count = max(1, round(moved / each))
 
-    def lap() -> None:
-        for k, source in enumerate(ring):
-            ring[(k + 1) % len(ring)].copy_(source)
+    def copy() -> None:
+        for k in range(count):
+            ring[(k + 1) % len(ring)].copy_(ring[k % len(ring)])
 
-    return lambda: _timed(like.device, lap), 2 * like.numel() * like.element_size() * len(ring)
+    return lambda: _timed(like.device, copy), each * count
 
 
 @dataclass(frozen=True)

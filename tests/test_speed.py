@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import speed
 from bench.cli import main
@@ -73,10 +74,27 @@ def test_the_null_network_repeats_no_output_that_is_alive(method):
     assert alive >= 1 + kept
 
 
-def test_plans_of_as_many_buffers_have_one_floor():
-    rows = list(speed.measure([m for m in speed.METHODS if m.sampler in ("ddim", "euler")], ((2, 3),), seconds=0.0))
-    assert [row.registers for row in rows] == [2, 2]
-    assert rows[0].floor == rows[1].floor
+@pytest.mark.parametrize(("buffers", "moved", "copied"), [(3, 240, 240), (5, 1000, 1008), (1, 1, 48)])
+def test_copies_of_the_floor_move_what_a_plan_does_and_go_round(buffers, moved, copied):
+    copies, total = speed._copies(torch.zeros(2, 3), buffers, moved)
+    assert total == copied  # whole copies of 24 bytes, read and written
+    with _Written() as written:
+        copies()
+    assert len(written.places) == copied // 48
+    assert len(set(written.places)) == min(max(2, buffers), copied // 48)
+
+
+class _Written(TorchDispatchMode):
+    """Where copies go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.places.append(args[0].data_ptr())
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.slow
