@@ -110,8 +110,8 @@ def _device_name(device: str) -> str:
 
 
 def _commit() -> str | None:
-    """The source's commit, with a mark where the tree differs from it; None outside a checkout."""
-    here = Path(__file__).parent
+    """The source's commit, with a mark where its files differ from it, results aside; None outside a checkout."""
+    here = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str | None:
         try:
@@ -121,4 +121,6 @@ def _commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = git("rev-parse", "HEAD")
-    return commit and commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    # a run itself writes results anew
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return commit and commit + ("+changes" if changed else "")

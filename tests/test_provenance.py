@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,24 @@ def test_where_the_peak_cannot_be_reset_it_is_that_of_the_process(tmp_path: Path
     before = peak_memory_mb("cpu")
     reset_peak_memory("cpu")
     assert peak_memory_mb("cpu") >= before > 1.0
+
+
+def test_the_commit_is_marked_where_sources_differ_and_not_where_results_do(tmp_path: Path, monkeypatch: Any) -> None:
+    source, table = tmp_path / "bench" / "provenance.py", tmp_path / "results" / "table.csv"
+    for file in (source, table):
+        file.parent.mkdir()
+        file.write_text("a\n")
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "a")):
+        subprocess.run((*git, *command), check=True)
+    monkeypatch.setattr(provenance, "__file__", str(source))
+    commit = provenance._commit()
+    assert commit is not None
+    assert len(commit) == 40
+    table.write_text("b\n")
+    assert provenance._commit() == commit
+    source.write_text("b\n")
+    assert provenance._commit() == commit + "+changes"
 
 
 class NoCounter(Exception):
