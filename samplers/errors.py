@@ -26,9 +26,15 @@ def unknown(what: str, given: object, accepted: Iterable[str]) -> ValueError:
         accepted: the names that exist.
     """
     names = sorted(accepted)
-    close = difflib.get_close_matches(str(given), names, n=3, cutoff=0.4)
+    spelled = {_spelling(name): name for name in reversed(names)}
+    close = [spelled[name] for name in difflib.get_close_matches(_spelling(given), spelled, n=3, cutoff=0.4)]
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return ValueError(f"unknown {what} {given!r}; {hint}accepted: {', '.join(names)}")
+
+
+def _spelling(name: object) -> str:
+    """A name without what people write in different ways: "DPM++ 2M" is "dpmpp-2m"."""
+    return str(name).casefold().replace("++", "pp").replace("_", "-").replace(" ", "-")
 
 
 def check_amount(name: str, value: float) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from samplers.errors import SamplingError, unknown
-from samplers.model import Affine, EpsModel, Scalar
+from samplers.model import Affine, EpsModel, Scalar, require_model
 from samplers.noise import SeededNoise
-from samplers.plan import Plan
+from samplers.plan import Plan, require_plan
 from samplers.program import Call, Program, Sum
 from samplers.schedule import Schedule
 
@@ -86,6 +86,7 @@ def run_plan(
         raise unknown("compile", str(compile), COMPILE)
     if compile is not None and (callback is not None or check == "each"):
         raise ValueError(f"compile={compile!r} runs the loop as a whole: it has no callback and no check='each'")
+    require_plan("plan", plan)
     check_start(model, x_T)
     check_handlers(callback, cond)
     cond = {} if cond is None else cond
@@ -373,6 +374,7 @@ def check_start(model: EpsModel, x_T: Tensor, name: str = "x_T") -> None:
         raise TypeError(
             f"{name} must be a floating-point tensor (B, ...), got {getattr(x_T, 'dtype', type(x_T).__name__)}"
         )
+    require_model("model", model)
     weights = model.weights
     if weights is not None and weights.device != x_T.device:
         raise ValueError(f"{name} is on {x_T.device}, the network on {weights.device}; move one of them")

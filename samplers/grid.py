@@ -60,7 +60,8 @@ __all__ = [
 ]
 
 FINALS = ("t_min", "zero", "denoise")
-_RANGE_TOLERANCE = 1e-6
+_RANGE_TOLERANCE, _SIGMA_TOLERANCE = 1e-6, 1e-5  # relative; a step in time is a larger one in sigma
+_MOST_STEPS = 10**6
 _POWER = re.compile(r"""power\(\s*(?:rho\s*=\s*)?([^\s,()]+)\s*(?:,\s*(?:of\s*=\s*)?["']?(\w+)["']?\s*)?\)""")
 
 
@@ -180,11 +181,11 @@ def make_grid(schedule: Schedule, grid: str | Points, steps: int, final: str | N
     final = default if final is None else final
     if final not in FINALS:
         raise unknown("final", final, FINALS)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not 1 <= steps <= _MOST_STEPS:
+        raise ValueError(f"steps must be {'at least 1' if steps < 1 else f'at most {_MOST_STEPS}'}, got {steps}")
     n = steps if final == "zero" and not replaces else steps + 1
-    t = np.array(points(schedule, n), dtype=np.float64)
     what = f"grid {grid!r}" if isinstance(grid, str) else f"grid {getattr(grid, '__name__', grid)}"
+    t = _numbers(points(schedule, n), f"{what} must give {n} times")
     if t.shape != (n,):
         raise ValueError(f"{what} must give {n} times, got shape {t.shape}")
     if final == "zero":
@@ -229,8 +230,23 @@ def from_sigmas(schedule: Schedule, sigmas: Nodes) -> Grid:
         raise ValueError(f"sigmas must be positive (only the last may be 0), got {values.tolist()}")
     _decreasing(values, "sigmas")
     positive = values[values > 0]
+    ends = schedule.sigma_bar(np.array([schedule.t_min, schedule.t_max]))
+    outside = (positive < ends[0] * (1 - _SIGMA_TOLERANCE)) | (positive > ends[1] * (1 + _SIGMA_TOLERANCE))
+    if outside.any():
+        raise ValueError(
+            f"sigmas: {positive[outside][0]:g} is outside [{ends[0]:g}, {ends[1]:g}], the sigma / alpha that schedule "
+            f"{schedule.name!r} has"
+        )
     t = _within(schedule, schedule.t_of_lam(-np.log(positive)), "sigmas")
     return Grid(schedule, t if len(positive) == len(values) else np.append(t, schedule.t_zero))
+
+
+def _numbers(values: Nodes, wanted: str) -> np.ndarray:
+    """What a grid's function gave, as an array of its own."""
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{wanted}, got {values!r}") from error
 
 
 def _decreasing(values: np.ndarray, name: str, what: str | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from samplers.execute import Loop, NoiseSource, check_schedule, draw_noise, noise_of
 from samplers.model import EpsModel
-from samplers.plan import Plan
+from samplers.plan import Plan, require_plan
 from samplers.program import Evaluate, Sum
 from samplers.schedule import Schedule
 
@@ -36,6 +36,7 @@ class LearnedPlan(nn.Module):
 
     def __init__(self, plan: Plan, schedule: Schedule) -> None:
         super().__init__()
+        require_plan("plan", plan)
         check_schedule(plan, schedule)
         self.start, self.schedule = plan, schedule
         terms = [c for step in plan.instructions if not isinstance(step, Evaluate) for _, c in step.terms]

@@ -173,6 +173,7 @@ class Plan:
             other: the plan to compare with.
             rtol: tolerance relative to the largest coefficient.
         """
+        require_plan("other", other)
         mine, theirs = ([s.t for s in plan.instructions if isinstance(s, Evaluate)] for plan in (self, other))
         if (
             len(mine) != len(theirs)
@@ -287,3 +288,9 @@ def _instruction(item: _Reader) -> Instruction:
     if node is not None and (isinstance(node, bool) or not isinstance(node, int)):
         raise PlanError(f"{item.at('node')}: must be an integer or null, got {node!r}")
     return Combine(item.get("dst", str), tuple(terms), node)
+
+
+def require_plan(name: str, plan: Plan) -> None:
+    """Raise TypeError where an argument is no plan."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{name} must be a Plan, as of make_plan(sampler, schedule, ...), got {type(plan).__name__}")

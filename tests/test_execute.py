@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from samplers import EpsModel, SamplingError, list_samplers, make_plan, run_plan, sample, schedules
+from samplers import EpsModel, LearnedPlan, SamplingError, list_samplers, make_plan, run_plan, sample, schedules
 from samplers.program import Combine, Evaluate
 
 VP = schedules.vp_linear()
@@ -362,3 +362,15 @@ def test_a_network_is_called_as_often_as_the_plan_says():
     run_plan(plan, EpsModel(lambda x, t: calls.append(float(t[0])) or x, VP), normal(2, 3))
     assert len(calls) == plan.nfe == 11
     assert calls == [s.t for s in plan.instructions if isinstance(s, Evaluate)]
+
+
+def test_what_is_no_plan_or_no_model_is_named():
+    plan, model = make_plan("ddim", VP, steps=2), EpsModel(torch.sin, VP)
+    with pytest.raises(TypeError, match=r"plan must be a Plan, as of make_plan\(.*\), got str"):
+        run_plan("ddim", model, normal(2, 3))
+    with pytest.raises(TypeError, match="plan must be a Plan.* got NoneType"):
+        LearnedPlan(None, VP)
+    with pytest.raises(TypeError, match="other must be a Plan.* got str"):
+        plan.close("ddim")
+    with pytest.raises(TypeError, match=r"model must be an EpsModel, got .*wrap it: EpsModel\(net, schedule\)"):
+        run_plan(plan, torch.sin, normal(2, 3))

@@ -370,7 +370,9 @@ def test_bad_powers_by_text(text, message):
         ((lambda s, n: np.full(n, math.nan), 2), "must be finite: node 0 is nan"),
         ((lambda s, n: np.linspace(1.0, 0.1, 7), 2), r"must give 3 times, got shape \(7,\)"),
         ((lambda s, n: [], 2), r"grid <lambda> must give 3 times, got shape \(0,\)"),
+        ((lambda s, n: "abc", 2), "grid <lambda> must give 3 times, got 'abc'"),
         (("uniform", 0, "zero"), "steps must be at least 1, got 0"),
+        (("uniform", 10**12), "steps must be at most 1000000, got 1000000000000"),
     ],
 )
 def test_bad_grids(arguments, message):
@@ -418,8 +420,8 @@ def test_bad_timesteps(values, message):
         ([1.0, 2.0], r"sigmas must decrease strictly: sigmas\[0\]=1, sigmas\[1\]=2"),
         ([1.0, 0.0, 0.0], r"sigmas must be positive \(only the last may be 0\)"),
         ([1.0, -0.5], "sigmas must be positive"),
-        ([81.0, 1.0], r"sigmas: time 81 is outside \[0.002, 80\]"),
-        ([1.0, 0.001], "sigmas: time 0.001 is outside"),
+        ([81.0, 1.0], r"sigmas: 81 is outside \[0.002, 80\], the sigma / alpha that schedule 'edm' has"),
+        ([1.0, 0.001], "sigmas: 0.001 is outside"),
     ],
 )
 def test_bad_sigmas(values, message):

@@ -232,6 +232,12 @@ def test_diffusers(mixture, steps, final, predictor, corrector):
         ({"tau": -0.1}, r"tau must lie in \[0, 1000\], got -0.1"),
         ({"tau": math.nan}, r"tau must lie in \[0, 1000\], got nan"),
         ({"tau": math.inf}, r"tau must lie in \[0, 1000\], got inf"),
+        (
+            {"tau": lambda sigma: 1 if sigma > 1 else 0},
+            r"tau must be a number or a function of sigma_bar .* array, got <",
+        ),
+        ({"tau": lambda: 1.0}, "tau must be a number or a function"),
+        ({"tau": 10**400}, "tau must be a number or a function"),
         ({"tau_end": 30.0}, "tau_start and tau_end must satisfy 0 <= tau_end <= tau_start, got 25.8 and 30"),
         ({"tau_end": -1.0}, "tau_start and tau_end must satisfy"),
         ({"tau_start": math.nan}, "tau_start and tau_end must satisfy"),

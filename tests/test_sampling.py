@@ -241,6 +241,9 @@ BAD_BOTH = [
     (("ddim",), {"steps": 5, "grid": 7}, TypeError, "grid must be a name or a function"),
     (("ddim",), {"steps": 5, "etaa": 1.0}, ValueError, "unknown option of sampler 'ddim': 'etaa'; did you mean 'eta'"),
     (("heun",), {"steps": 5, "eta": 1.0}, ValueError, "unknown option of sampler 'heun': 'eta'; accepted: none"),
+    (("DPM++ 2M",), {"steps": 5}, ValueError, "unknown sampler 'DPM.. 2M'; did you mean 'dpmpp-2m'"),
+    (("UniPC_3",), {"steps": 5}, ValueError, "unknown sampler 'UniPC_3'; did you mean 'unipc-3'"),
+    (("deis-2",), {"steps": 5, "variant": "tAB"}, ValueError, "unknown variant 'tAB'; did you mean 'tab'"),
     (("rk45",), {"steps": 5, "tol": 1.0}, ValueError, "unknown option of sampler 'rk45': 'tol'; did you mean"),
 ]
 

@@ -18,6 +18,7 @@ Interval = tuple[float, float, int, int]
 _PUBLISHED: tuple[Interval, ...] = ((0.06, 0.30, 2, 2),)
 _FORM = "(sigma_lo, sigma_hi, repeats, steps)"
 _RHO = 7.0
+_LARGEST, _MOST = 1e100, 1000  # sigma_hi and counts
 
 
 def restart(grid: Grid, *, restarts: Sequence[Interval] | None = None, s_noise: float = 1.0) -> Plan:
@@ -81,11 +82,11 @@ def _checked(restarts: Sequence[Interval]) -> Sequence[Interval]:
         raise ValueError(f"restarts must be a sequence of {_FORM}, got {restarts!r}")
     for k, given in enumerate(restarts):
         if not isinstance(given, Sequence) or len(given) != 4 or not _is_interval(*given):
-            wanted = f"{_FORM} with 0 <= sigma_lo < sigma_hi and counts of at least 1"
+            wanted = f"{_FORM} with 0 <= sigma_lo < sigma_hi and counts from 1 to {_MOST}"
             raise ValueError(f"restarts[{k}] must be {wanted}, got {given!r}")
     return restarts
 
 
 def _is_interval(low: Any, high: Any, *counts: Any) -> bool:
-    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 <= low < high < math.inf
-    return numbers and all(type(n) is int and n > 0 for n in counts)
+    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 <= low < high < _LARGEST
+    return numbers and all(type(n) is int and 0 < n <= _MOST for n in counts)

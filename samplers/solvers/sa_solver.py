@@ -10,6 +10,7 @@ with `c = 1 + tau^2`. tau = 0 is the probability-flow ODE, tau = 1 the reverse S
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -59,7 +60,9 @@ def sa_solver(
     corrector = [1 + k for k in step_orders(p.steps, corrector_order - 1, lower_order_final)] if corrector_order else []
     lam, alpha, sigma = (a[p.steps.start :] for a in (finite_lam(grid), grid.alpha, grid.sigma))
     h, sigma_bar = np.diff(lam), np.exp(-lam[:-1])
-    square = np.where((tau_end <= sigma_bar) & (sigma_bar <= tau_start), _scales(tau, sigma_bar) ** 2, 0.0)
+    square = np.where(
+        (tau_end <= sigma_bar) & (sigma_bar <= min(tau_start, sys.float_info.max)), _scales(tau, sigma_bar) ** 2, 0.0
+    )
     state = sigma[1:] / sigma[:-1] * np.exp(-square * h)
     noise = sigma[1:] * np.sqrt(-np.expm1(-2.0 * square * h))
     outputs, corrected = _weights(lam, -(1.0 + square) * h, predictor, corrector, weights)
@@ -106,7 +109,13 @@ def _weights(
 
 def _scales(tau: float | Callable[[np.ndarray], np.ndarray], sigma_bar: np.ndarray) -> np.ndarray:
     """The value of tau on each step (N,)."""
-    values = np.asarray(tau(sigma_bar) if callable(tau) else tau, dtype=np.float64)
+    try:
+        values = np.asarray(tau(sigma_bar) if callable(tau) else tau, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"tau must be a number or a function of sigma_bar at the steps, an array (N,), that gives an array, got {tau!r}: "
+            f"{error}"
+        ) from error
     if values.shape not in ((), sigma_bar.shape):
         raise ValueError(f"tau must give a value for each of {len(sigma_bar)} steps, got shape {values.shape}")
     if not ((values >= 0) & (values <= _MOST_TAU)).all():
