@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bench.meter import Meter
 from bench.network import Network, model_hash, torch_dtype
 from bench.store import plugin_fingerprint
-from distill.checkpoint import CheckpointError, read_json
+from distill.checkpoint import CheckpointError, read_json, refuse_pickle
 from samplers import EpsModel
 from samplers.adapters.edm import eps_model_from_edm
 from samplers.adapters.weights import load_weights
@@ -43,6 +43,9 @@ def load_edm(name: str, device: str, dtype: str) -> Network:
         distill.checkpoint.CheckpointError: a folder without the two files, a class that is none of EDM's, or weights of another.
     """
     folder = Path(name.removeprefix(EDM))
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        for published in sorted(folder.iterdir()):
+            refuse_pickle(published)
     inside, config, file = torch_dtype(dtype, device), _config(folder), _weights(folder)
     made_by = _class(config["class"])
     try:

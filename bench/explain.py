@@ -138,10 +138,11 @@ class _Run:
         if apart is None:
             return None
         most = max(value for _, value in _differences(a, b))
-        levels = float(_relative(a.levels, b.levels).max())
+        levels, times = (float(_relative(*pair).max()) for pair in ((a.levels, b.levels), (a.times, b.times)))
         text = (
             f"in float64 they are the same to {exact:.1e}; as shipped, with float32 in their tables or arguments, "
-            f"coefficients differ by up to {most:.1e} and times of noise levels by up to {levels:.1e} (relative)"
+            f"coefficients differ by up to {most:.1e}, times of noise levels by up to {levels:.1e} and times told to the network "
+            f"by up to {times:.1e} (relative)"
         )
         return Part("dtype", apart.step, text)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.certify.parity import in_double
 from bench.explain_space import Coordinates, Options, Side, Traced, level_of, path_of, recorded
+from bench.export import Noise
 from samplers.adapters.diffusers.classes import NETWORKS, of_class
 from samplers.adapters.diffusers.training import Training, training_of
 from samplers.schedule import EDM, Discrete, Flow, Schedule
@@ -22,11 +23,12 @@ from samplers.schedule import EDM, Discrete, Flow, Schedule
 _OURS = "PlanScheduler"
 
 
-def of_scheduler(side: Side, schedule: Schedule, steps: int, kind: str, double: bool) -> Traced:
+def of_scheduler(side: Side, noise: Noise, steps: int, kind: str, double: bool) -> Traced:
     """The coefficients of `diffusers:CLASS`; arguments and errors as in `bench.explain_trace.trace`."""
-    space, name = Coordinates(steps, schedule, kind), side.name.partition(":")[2]
+    schedule, name = noise.schedule, side.name.partition(":")[2]
+    space = Coordinates(steps, schedule, kind)
     if name == _OURS:
-        return _of_plan_scheduler(side, space, steps, double)
+        return _of_plan_scheduler(side, space, noise, steps, double)
     _check_scheduler(name)
     with (
         in_double(name, space.noises(), double) as made_of,
@@ -34,7 +36,7 @@ def of_scheduler(side: Side, schedule: Schedule, steps: int, kind: str, double: 
         np.errstate(all="ignore"),
     ):
         warnings.simplefilter("ignore")
-        settings, each = _settings(made_of, schedule, side.options)
+        settings, each = _settings(made_of, noise, side.options)
 
         def run(path: Callable[[Any, Any], Tensor] | None) -> Traced:
             made = made_of(**settings)
@@ -60,8 +62,9 @@ def _check_scheduler(name: str) -> None:
         scheduler_of_config({}, name)
 
 
-def _settings(made_of: Any, schedule: Schedule, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
+def _settings(made_of: Any, noise: Noise, options: Options) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the scheduler is made with, and what each of its steps is given."""
+    schedule = noise.schedule
     takes, step = (inspect.signature(f).parameters for f in (made_of.__init__, made_of.step))
     settings = {name: value for name, value in options.items() if name in takes}
     each = {name: value for name, value in options.items() if name not in takes}
@@ -79,6 +82,9 @@ def _settings(made_of: Any, schedule: Schedule, options: Options) -> tuple[dict[
         raise ValueError(f"{made_of.__name__} matches no flows, which schedule {schedule.name!r} is for")
     if not flow and "trained_betas" not in takes:
         raise ValueError(f"{made_of.__name__} takes no betas, and so cannot be put on schedule {schedule.name!r}")
+    for name in ("shift", "flow_shift"):  # where the nodes of its model lie, as for a sampler
+        if flow and name in takes:
+            settings.setdefault(name, noise.shift)
     if flow and "prediction_type" in takes:
         settings.setdefault("prediction_type", "flow_prediction")
     if not flow:
@@ -131,11 +137,11 @@ def _told(made: Any, training: Training) -> np.ndarray:
     return training.schedule_time(torch.as_tensor(made.timesteps, dtype=torch.float64)).numpy()
 
 
-def _of_plan_scheduler(side: Side, space: Coordinates, steps: int, double: bool) -> Traced:
+def _of_plan_scheduler(side: Side, space: Coordinates, noise: Noise, steps: int, double: bool) -> Traced:
     """Our own scheduler, in its pipelines' loop; its times are float32 as they are told, and float64 in its plan."""
     from samplers.adapters.diffusers import PlanScheduler
 
-    made = PlanScheduler.from_config(_config_on(space.schedule), **side.options)
+    made = PlanScheduler.from_config(_config_on(noise), **side.options)
     made.set_timesteps(steps)
     plan, training = made.plan, _training(made)
     times = np.array([call.t for call in plan.calls])
@@ -150,14 +156,15 @@ def _of_plan_scheduler(side: Side, space: Coordinates, steps: int, double: bool)
     return space.traced(side.name, x, nodes[-1], nodes, times if double else _told(made, training))
 
 
-def _config_on(schedule: Schedule) -> dict[str, Any]:
+def _config_on(noise: Noise) -> dict[str, Any]:
     """The config of a scheduler on a noise schedule.
 
     Raises:
         ValueError: a schedule that no scheduler's config describes.
     """
+    schedule = noise.schedule
     if isinstance(schedule, Flow):
-        return {"shift": 1.0}
+        return {"shift": noise.shift}
     if isinstance(schedule, EDM):
         return {"sigma_min": schedule.sigma_min, "sigma_max": schedule.sigma_max, "sigma_data": 0.5}
     return {"trained_betas": _betas(schedule).tolist()}

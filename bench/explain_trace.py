@@ -55,7 +55,7 @@ def trace(
     if side.form in ("sampler", "plan"):
         return _of_plan(_plan(side, noise, steps, grid, nodes), noise.schedule, kind, side.name)
     if side.form == "scheduler":
-        return of_scheduler(side, noise.schedule, steps, kind, double)
+        return of_scheduler(side, noise, steps, kind, double)
     if nodes is None:
         raise ValueError(f"{side.name} has no nodes of its own: nodes must be given")
     return _of_function(side, noise.schedule, nodes, kind, double)

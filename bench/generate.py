@@ -79,6 +79,8 @@ class Request:
         if self.mask is not None and tuple(self.mask.shape) != network.pixel_shape[-2:]:
             want, got = network.pixel_shape, tuple(self.mask.shape)
             raise ValueError(f"--mask must be of the size of the image, {_size(want)}, got {_size(got)}")
+        if self.mask is not None and not self.mask.any():
+            raise ValueError("--mask is white nowhere, so nothing would be painted")
 
     @property
     def own_plan(self) -> bool:
@@ -168,6 +170,8 @@ def read_mask(path: Path) -> Tensor:
 
 
 def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; give an image file")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
     return path.read_bytes()

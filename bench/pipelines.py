@@ -18,6 +18,7 @@ from samplers.adapters.latent import LatentSpace
 
 HUB = "hf:"
 INDEX = "model_index.json"
+_PICKLED = "; weights are read from safetensors only, as .bin is a pickle, which can run code"
 _PATCHED = "FluxTransformer2DModel"  # whose channels are those of patches of 2 x 2
 _LABELLED = "DiTTransformer2DModel"  # whose last label, after the classes, is none
 
@@ -64,6 +65,12 @@ def load_pipeline(name: str, device: str, dtype: str, **reading: Any) -> Network
     return _loaded(_opened(name), name, device, dtype, Reading(**reading))
 
 
+def _pickled(place: str) -> bool:
+    """Whether a folder has a part whose weights are there as .bin alone."""
+    parts = {file.parent for file in Path(place).glob("*/*.bin")}
+    return any(not list(part.glob("*.safetensors")) for part in parts)
+
+
 def _opened(name: str) -> Any:
     from diffusers import DiffusionPipeline
 
@@ -71,7 +78,9 @@ def _opened(name: str) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(place, local_files_only=local, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ValueError(f"model {name!r} is no pipeline that can be loaded: {str(error).splitlines()[0]}") from error
+        only_bin = "necessary `safetensors`" in str(error) or (local and _pickled(place))
+        why = str(error).splitlines()[0] + (_PICKLED if only_bin else "")
+        raise ValueError(f"model {name!r} is no pipeline that can be loaded: {why}") from error
 
 
 def _loaded(pipeline: Any, name: str, device: str, dtype: str, how: Reading) -> Network:
@@ -80,9 +89,8 @@ def _loaded(pipeline: Any, name: str, device: str, dtype: str, how: Reading) -> 
         raise ValueError(
             f"model {name!r} must be a pipeline with a unet or a transformer, got {type(pipeline).__name__}"
         )
+    _check_network(network, name)
     kind = type(network).__name__
-    if kind == "UNetMotionModel" or "3D" in kind:
-        raise ValueError(f"model {name!r} must be a pipeline of images, got one with a {kind}, which makes videos")
     channels = network.config.in_channels // (4 if kind == _PATCHED else 1)
     space = _space(pipeline, channels, name, device, how)
     factor = space.factor if space else 1
@@ -106,6 +114,18 @@ def _loaded(pipeline: Any, name: str, device: str, dtype: str, how: Reading) -> 
         device=device,
     )
     return _conditioned(found, how)
+
+
+def _check_network(network: Any, name: str) -> None:
+    kind = type(network).__name__
+    if kind == "UNetMotionModel" or "3D" in kind:
+        raise ValueError(f"model {name!r} must be a pipeline of images, got one with a {kind}, which makes videos")
+    taken, given = network.config.in_channels, network.config.get("out_channels")
+    if given and taken > given:
+        raise ValueError(
+            f"model {name!r}: its network takes more than the latents ({taken} channels in, {given} out), as of inpainting or "
+            "upscaling; use the pipeline itself with PlanScheduler"
+        )
 
 
 def _space(pipeline: Any, channels: int, name: str, device: str, how: Reading) -> LatentSpace | None:

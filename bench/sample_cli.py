@@ -97,6 +97,8 @@ def sample(
     network = load_network(model, checked_device(device), dtype)
     if not pixels and network.space is None:
         raise ValueError(f"--latents is for a latent model; samples of model {network.name} are what --pixels writes")
+    if not network.images and not out.suffix:
+        raise ValueError(f"--out {out}: samples of shape {network.shape} are no images; give a .png or a .npz")
     request = _request(network, **asked)
     if trajectory is not None and not network.images:
         raise ValueError(f"--trajectory shows images; samples of model {network.name} are of shape {network.shape}")
@@ -235,8 +237,6 @@ def _write(samples: Sequence[Tensor], out: Path, images: bool) -> None:
     if out.suffix == ".png":
         save_samples(every, out, images)
         return
-    if not images and not out.suffix:
-        raise ValueError(f"--out {out}: samples of shape {tuple(every.shape[1:])} are no images; give a .png or a .npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npz" and images:
         np.savez_compressed(out, images=quantise(every).permute(0, 2, 3, 1).numpy())

@@ -164,7 +164,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _read_part(file: Path) -> tuple[dict[str, Tensor], int]:
     """The tensors of one file, and the number of files there are."""
-    _refuse_pickle(file)
+    refuse_pickle(file)
     if not file.is_file():
         raise CheckpointError(f"checkpoint file {file} does not exist")
     try:
@@ -189,10 +189,12 @@ def read_json(file: Path) -> Any:
         raise CheckpointError(f"checkpoint file {file} is not JSON: {error}") from error
 
 
-def _refuse_pickle(path: Path) -> None:
+def refuse_pickle(path: Path) -> None:
+    """Raise CheckpointError for a file whose name is that of a pickle."""
     if path.suffix.lower() in _PICKLES:
         raise CheckpointError(
-            f"checkpoint {path} is a pickle, which can run code when it is read; give a folder with {_WEIGHTS}"
+            f"checkpoint {path} is a pickle, which can run code when it is read; give a folder with {_WEIGHTS}; "
+            "see docs/models.md, EDM and EDM2, for how to convert it"
         )
 
 
@@ -307,14 +309,14 @@ def _read_plan(file: Path) -> Plan:
 
 def _readable(folder: Path) -> Path:
     """The folder to read, or the one that a killed `write_folder` left in its place."""
-    _refuse_pickle(folder)
+    refuse_pickle(folder)
     if folder.is_file():
         raise CheckpointError(f"checkpoint {folder} is a file; give the folder that holds {_WEIGHTS} and {_CONFIG}")
     if not folder.exists() and _previous(folder).exists():
         return _previous(folder)
     if folder.is_dir() and not (folder / _WEIGHTS).exists():
         for file in sorted(folder.iterdir()):
-            _refuse_pickle(file)
+            refuse_pickle(file)
     return folder
 
 

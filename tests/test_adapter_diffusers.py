@@ -121,3 +121,18 @@ def test_what_is_not_understood_is_an_error(unet: nn.Module) -> None:
         eps_model_from_diffusers(unet, diffusers.VQDiffusionScheduler(num_vec_classes=8))
     with pytest.raises(ValueError, match="unknown prediction_type of the scheduler 'noise'"):
         eps_model_from_diffusers(unet, diffusers.DDPMScheduler(prediction_type="noise"))
+
+
+def test_a_misspelt_key_of_the_config_is_an_error(unet: nn.Module) -> None:
+    misspelt = diffusers.DDPMScheduler.from_config({"beta_strat": 0.00085})
+    with pytest.raises(
+        ValueError, match="unknown key of the scheduler's config 'beta_strat'; did you mean 'beta_start'"
+    ):
+        eps_model_from_diffusers(unet, misspelt)
+
+
+@pytest.mark.parametrize("kind", ["ScoreSdeVeScheduler", "LCMScheduler", "UniPCMultistepScheduler", "RePaintScheduler"])
+def test_every_key_of_a_scheduler_s_own_class_is_known(unet: nn.Module, kind: str) -> None:
+    made = getattr(diffusers, kind)
+    assert eps_model_from_diffusers(unet, made()).schedule is not None
+    assert eps_model_from_diffusers(unet, made.from_config(diffusers.PNDMScheduler().config)).schedule is not None

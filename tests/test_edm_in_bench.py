@@ -132,6 +132,13 @@ def test_a_folder_that_is_none_is_refused(
 def test_a_folder_without_weights_is_refused(clone: Any, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "net", clone.EDMPrecond(8, 3))
     (folder / "edm.safetensors").unlink()
+    published = tmp_path / "published"
+    published.mkdir()
+    (published / "edm.pkl").touch()
+    with pytest.raises(
+        CheckpointError, match=r"edm\.pkl is a pickle, .* see docs/models\.md, EDM and EDM2, for how to"
+    ):
+        loaded(published)
     with pytest.raises(CheckpointError, match="must hold the weights as one .safetensors file, got 0"):
         loaded(folder)
     with pytest.raises(ValueError, match="python -m bench.cifar10 --data FOLDER .* or give hf:google/ddpm-cifar10-32"):

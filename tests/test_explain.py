@@ -241,6 +241,32 @@ def test_our_scheduler_is_the_sampler(schedule, sampler, options):
     assert explain(Side(sampler, options), ours, noise, STEPS, same_nodes=True, tolerance=1e-6).part is None
 
 
+def test_times_told_in_float32_are_in_the_numbers():
+    ours = Side("diffusers:PlanScheduler", {"sampler": "ddim"})
+    part = explain(Side("ddim"), ours, NOISE, STEPS, same_nodes=True).part
+    assert part.cause == "dtype"
+    told = float(re.search(r"times told to the network by up to (\S+) \(relative\)", part.text)[1])
+    assert 1e-9 < told < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings"),
+    [
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}),
+        ("PlanScheduler", {"sampler": "dpmpp-2m"}),
+    ],
+)
+def test_schedulers_have_the_shift_of_the_schedule(scheduler, settings):
+    name, noise = f"diffusers:{scheduler}", named_noise("sd3")
+    key = "flow_shift" if "use_flow_sigmas" in settings else "shift"
+    by_default, shifted, bare = (
+        trace(Side(name, {**settings, **more}), noise, STEPS).nodes for more in ({}, {key: 3.0}, {key: 1.0})
+    )
+    np.testing.assert_array_equal(by_default, shifted)
+    assert np.abs(bare - shifted).max() > 0.1
+
+
 def test_our_scheduler_beside_others_and_with_its_settings():
     ours = {"sampler": "dpmpp-2m", "grid": "config", "timestep_spacing": "trailing"}
     theirs = {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}

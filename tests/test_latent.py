@@ -218,7 +218,7 @@ def test_guidance_with_prompts_is_the_formula(tiny_folder: Any) -> None:
 
 
 def test_what_cannot_be_a_latent_model_is_an_error(tiny_folder: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="vae works on latents of 4 channels, the network on 9"):
+    with pytest.raises(ValueError, match=r"takes more than the latents \(9 channels in, 4 out\)"):
         load_pipeline(str(tiny_folder(tiny.inpaint)), "cpu", "fp32")
     with pytest.raises(ValueError, match="UNetMotionModel, which makes videos"):
         load_pipeline(str(tiny_folder(tiny.animatediff)), "cpu", "fp32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,5 +98,16 @@ def test_a_pickle_is_not_read(folder: Path, tmp_path: Path) -> None:
     pipeline = diffusers.DDPMPipeline.from_pretrained(folder / "ddpm", local_files_only=True)
     pipeline.save_pretrained(copy, safe_serialization=False)
     assert list((copy / "unet").glob("*.bin"))
-    with pytest.raises(ValueError, match="is no pipeline that can be loaded"):
+    with pytest.raises(ValueError, match="is no pipeline that can be loaded: .*safetensors only, as .bin is a pickle"):
+        load_pipeline(str(copy), "cpu", "fp32")
+
+
+def test_a_misspelt_key_of_the_scheduler_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "misspelt"
+    shutil.copytree(folder / "ddpm", copy)
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "beta_strat": 0.00085}))
+    with pytest.raises(
+        ValueError, match="unknown key of the scheduler's config 'beta_strat'; did you mean 'beta_start'"
+    ):
         load_pipeline(str(copy), "cpu", "fp32")

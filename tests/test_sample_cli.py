@@ -216,6 +216,9 @@ def test_error_controlled_samplers(tmp_path):
         (("--init-image", "WIDE"), "--init-image must be 8 x 8 pixels in 1 channel for model TINY, got 9 x 8 pixels"),
         (("--init-image", "IMAGE", "--mask", "WIDE"), "--mask must be of the size of the image, 8 x 8 pixels"),
         (("--init-image", "gone.png"), "there is no file 'gone.png'"),
+        (("--init-image", "FULL"), "is a folder; give an image file"),
+        (("--init-image", "IMAGE", "--mask", "BLACK"), "--mask is white nowhere, so nothing would be painted"),
+        (("--init-image", "IMAGE", "--mask", "ALPHA"), "--mask is white nowhere, so nothing would be painted"),
         (("--init-image", "TEXT"), "is not a readable image"),
         (("--option", "eta"), "--option takes NAME=VALUE"),
         (("--option", "etta=1"), "unknown option of sampler 'dpmpp-2m'"),
@@ -237,6 +240,10 @@ def test_error_controlled_samplers(tmp_path):
 )
 def test_mistakes_end_in_one_line(tiny, given, tmp_path, arguments, message):
     Image.new("L", (9, 8)).save(tmp_path / "wide.png")
+    Image.new("L", (8, 8)).save(tmp_path / "black.png")
+    drawn = Image.new("RGBA", (8, 8))
+    drawn.putalpha(Image.open(given / "mask.png"))
+    drawn.save(tmp_path / "alpha.png")
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.png").touch()
@@ -246,6 +253,8 @@ def test_mistakes_end_in_one_line(tiny, given, tmp_path, arguments, message):
         "FULL": tmp_path / "full",
         "OUT": tmp_path / "new",
         "NPZ": tmp_path / "new.npz",
+        "BLACK": tmp_path / "black.png",
+        "ALPHA": tmp_path / "alpha.png",
     }
     asked = [str(places.get(word, word)) for word in arguments]
     model = [] if "--model" in asked else ["--model", str(tiny / "tiny")]
@@ -255,6 +264,12 @@ def test_mistakes_end_in_one_line(tiny, given, tmp_path, arguments, message):
     assert message.replace("TINY", str(tiny / "tiny")) in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_folder_for_samples_that_are_no_images_is_refused_before_sampling(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.sample_cli._run", lambda *_: pytest.fail("it sampled"))
+    result = run("--model", "gmm", "--out", tmp_path / "new")
+    assert "are no images; give a .png or a .npz" in result.output
 
 
 def test_an_image_in_colour_becomes_grey_for_a_grey_model(tiny, tmp_path):

@@ -175,6 +175,8 @@ def test_a_budget_holds_resampling_included(name, budget):
         ({"resamplings": 2, "jump": 0}, "jump must be a whole number"),
         ({"resamplings": 2, "sampler": "rk45", "steps": None}, "sampler 'rk45' has no plan to resample"),
         ({"resamplings": 2, "jump": 3, "steps": None, "nfe": 6}, "nfe must be at least 7 for resamplings=2 and jump=3"),
+        ({"resamplings": 3, "steps": 1}, "resampling needs at least 2 steps, got 1"),
+        ({"resamplings": 3, "steps": None, "nfe": 2}, "resampling needs at least 2 steps, got 1"),
         ({"resamplings": 2, "nfe": 20}, "give exactly one of steps"),
         ({"resamplings": 2, "afs": True}, "afs=True begins with start noise"),
         ({"x_T": torch.zeros(1, 3, 4, 4)}, "x_T must be of the shape of image"),

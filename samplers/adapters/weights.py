@@ -73,7 +73,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        # of a pickle torch's text is advice to read it anyway
+        lines = [] if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()
+        why = (lines or [type(error).__name__])[0]
         raise ValueError(
             f"path {path} is not a file of tensors alone, and nothing else is read because that would run code from it "
             f"({why}): where it comes from, write torch.save(module.state_dict(), ...) or a safetensors file"

@@ -36,6 +36,8 @@ def resampled(make: Callable[[Grid], Plan], grid: Grid, resamplings: int, jump: 
     Raises:
         ValueError: a value out of range.
     """
+    if grid.steps < 2:
+        raise ValueError(f"resampling needs at least 2 steps, got {grid.steps}")
     for name, value, most in (("resamplings", resamplings, math.inf), ("jump", jump, grid.steps - 1)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             wanted = "at least 1" if most == math.inf else f"1 to {most}, less than the grid's {grid.steps} steps"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from samplers.adapters.diffusers.classes import EXCLUDED, class_of, of_class
+from samplers.adapters.diffusers.classes import EXCLUDED, class_of, keys_of, of_class
 from samplers.adapters.diffusers.training import BETA_ENDS, TRAINING_STEPS, has_betas, has_schedule, is_flow
 from samplers.errors import unknown
 from samplers.grid import FINALS, points_of
@@ -142,9 +142,7 @@ def check_keys(config: Mapping[str, Any], sampler: str) -> list[str]:
     Raises:
         ValueError: a key that no scheduler has, or one that must not be ignored.
     """
-    for key in config:
-        if key not in KEYS:
-            raise unknown("key of the scheduler's config", key, KEYS | set(OWN))
+    check_known(config)
     for key, (neutral, why) in REFUSED.items():
         if config.get(key) not in neutral:
             raise ValueError(f"{key}={config[key]!r} of the scheduler's config is not supported: {why}")
@@ -154,6 +152,21 @@ def check_keys(config: Mapping[str, Any], sampler: str) -> list[str]:
             "of learned variances only 'learned_range' is known; the noise is that of 'fixed_small'"
         )
     return [f"{key}={config[key]!r} of the scheduler's config is not used: {what}" for key, what in found.items()]
+
+
+def check_known(config: Mapping[str, Any], made: type | None = None) -> None:
+    """Raise ValueError for a key that no scheduler has: what it stands for would fall to its default.
+
+    Private keys are passed over, and None, which old versions of diffusers wrote for keys that are gone.
+
+    Args:
+        config: of a scheduler.
+        made: its class, whose own keys are known too.
+    """
+    known = KEYS | set(OWN) | keys_of(made) | {"tensor_format"}  # the last is of diffusers before 0.4
+    for key, value in config.items():
+        if not key.startswith("_") and key not in known and value is not None:
+            raise unknown("key of the scheduler's config", key, known)
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

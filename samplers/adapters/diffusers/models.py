@@ -12,6 +12,7 @@ from torch import nn
 
 from samplers import schedules
 from samplers.adapters.diffusers.classes import NETWORKS, of_class
+from samplers.adapters.diffusers.keys import check_known
 from samplers.adapters.diffusers.networks import DiffusersNet, flow_time
 from samplers.adapters.diffusers.training import training_of
 from samplers.model import EpsModel
@@ -35,7 +36,8 @@ def eps_model_from_diffusers(network: nn.Module, scheduler: Any) -> EpsModel:
 
     Raises:
         TypeError: a network that is not a module, or a scheduler without a config.
-        ValueError: a scheduler whose noise schedule or prediction is of another kind.
+        ValueError: a scheduler whose noise schedule or prediction is of another kind, or a key of its config that no scheduler
+            has.
     """
     if not isinstance(network, nn.Module):
         raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
@@ -45,6 +47,7 @@ def eps_model_from_diffusers(network: nn.Module, scheduler: Any) -> EpsModel:
     name = type(scheduler).__name__
     if name in NETWORKS:
         raise ValueError(f"scheduler of class {name}: {NETWORKS[name]}")
+    check_known(config, type(scheduler))
     if "snr" in config and "sigma_max" in config:  # Song et al. 2021, arXiv:2011.13456: the network is given sigma
         return EpsModel(DiffusersNet(network), schedules.edm(config["sigma_min"], config["sigma_max"]), "score")
     training = training_of(of_class(config, name), name, getattr(scheduler, "alphas_cumprod", None))
