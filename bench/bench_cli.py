@@ -170,8 +170,12 @@ def _measure(run: Any) -> bool:
     missing = sum(row["status"] == "missing" for row in rows)
     if missing:
         say(
-            f"{missing} of {len(rows)} cells are left to other shards; the command without --shard makes the table of all"
+            f"{missing} of {len(rows)} cells are left to other shards; the command without --shard makes the table of all, "
+            "and fewstep merge that of shards in several folders"
         )
+        there = [row for row in rows if row["status"] != "missing"]
+        if there:
+            write_results(suite, model, folder, device, there, run.record)
         return True
     title = write_results(suite, model, folder, device, rows, run.record)
     run.console.print(terminal(rows, model.judge.floors(suite.num_samples), title, suite.note))

@@ -12,8 +12,8 @@ from typing import Any
 
 from bench.compare import shown
 from bench.floor import TEST, Floor
-from bench.ranking import aggregated, check_comparable
-from bench.report import write_tables
+from bench.ranking import aggregated, check_comparable, metrics_of
+from bench.report import write_page, write_tables
 from bench.results import cells_of, read_rows
 from bench.store import write_text
 
@@ -54,7 +54,10 @@ def merge(folders: Sequence[Path], out: Path) -> list[Row]:
     record["floors"] = [asdict(floor) for floor in floors]
     write_text(out / "provenance.json", json.dumps(record, indent=1) + "\n")
     said = dict.fromkeys(one["suite"].get("note", "") for one in made if isinstance(one.get("suite"), dict))
-    write_tables(rows, floors, _title(rows), "; ".join(note for note in said if note), out)
+    title, note = _title(rows), "; ".join(note for note in said if note)
+    write_tables(rows, floors, title, note, out)
+    if metrics_of(rows):
+        write_page(rows, floors, title, record, out, note)
     return rows
 
 

@@ -32,9 +32,10 @@ def pick(budget: int, results: Path | None, model: str | None, metric: str | Non
 
     source = results or _results_of(model or "mnist")
     rows = read_rows(source)
-    mine = [row for row in rows if row.get("model") == model]  # of several models in one table
-    choice = choose(mine or rows, budget, metric)
-    _show_choice(choice, mine or rows, budget)
+    if model is not None:
+        rows = _of_model(rows, model, source)
+    choice = choose(rows, budget, metric)
+    _show_choice(choice, rows, budget)
     click.echo(f"by the results in {source}")
     try:
         plan, remark = _plan(choice.row, model or choice.row["model"])
@@ -125,7 +126,7 @@ def doctor(
         examiner = load_examiner(given)
         return _show_findings(list(examine_row(row, rows, stated, examiner)), stated, row["metric"])
     if label is not None or budget is not None:
-        raise ValueError("--row and --budget are for a table.csv; SOURCE has images")
+        raise ValueError(f"--row and --budget are for a table.csv, or a results folder that has one; got {source}")
     from bench.data import load_images
     from bench.metrics import metric_name
 
@@ -163,20 +164,42 @@ def _other_judge(name: str, reference: str | None, test: str) -> Any:
 
 
 def _results_of(model: str) -> Path:
-    """The newest of results/MODEL, and results/MODEL-SAMPLES as `fewstep bench` writes them, here; or what is shipped."""
+    """The newest of results/MODEL, and results/MODEL-SAMPLES as `fewstep bench` writes them, here; or what is shipped.
+
+    Tables of the model itself go before those of another one that was measured with the suite of its name.
+    """
+    from bench.results import read_rows
+
     for place in (Path("results"), _ROOT / "results"):
         named = [path for path in place.glob("*") if re.fullmatch(re.escape(model) + r"(-\d+)?", path.name)]
         tables = [path / "table.csv" for path in named if (path / "table.csv").is_file()]
+        own = [path for path in tables if any(row.get("model") == model for row in read_rows(path))]
+        tables = own or tables
         if tables:
             return max(tables, key=lambda path: path.stat().st_mtime).parent
-    raise FileNotFoundError(f"there are no results of {model!r} in {Path('results') / model}; give --results FOLDER")
+    raise FileNotFoundError(
+        f"there are no results of {model!r} in {Path('results') / model}; give --results FOLDER, "
+        f"or make some: fewstep bench --model {model}"
+    )
+
+
+def _of_model(rows: list[Any], model: str, source: Path) -> list[Any]:
+    """The rows of one of several models in a table, and of students, which are models of their own for its samples.
+
+    Where none is of that model all rows stay, and it is said whose they are.
+    """
+    if any(row.get("model") == model for row in rows):
+        return [row for row in rows if row.get("model") == model or row.get("trained") is not None]
+    there = ", ".join(sorted({str(row.get("model")) for row in rows}))
+    click.echo(f"{source} has no results of {model}: these are of {there}")
+    return rows
 
 
 def _show_choice(choice: Any, rows: Sequence[Any], budget: int) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from bench.ranking import BEYOND, TUNED, aggregated, beyond_model, of_metric
+    from bench.ranking import BEYOND, TUNED, aggregated, beyond_model, of_metric, tuned_here
     from bench.table import value_text
 
     row, name = choice.row, choice.row["metric"]
@@ -204,7 +227,7 @@ def _show_choice(choice: Any, rows: Sequence[Any], budget: int) -> None:
         lines.append(f"better with fewer calls: {other['label']} with {other['nfe']}, {value_text(other)}")
     if (row["label"], row["budget"]) in beyond:
         lines.append(f"{BEYOND} it is better than the model itself: here the model, not the sampler, is ranked")
-    if row.get("tuned"):
+    if tuned_here(row):
         lines.append(f"{TUNED} {row['tuned']}")
     lines.append(f"in Python: {_call(row)}")
     for line in lines:

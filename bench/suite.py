@@ -49,6 +49,11 @@ class SamplerSpec(Strict):
     def _registered(cls, value: str) -> str:
         return get_sampler(value).name
 
+    @field_validator("label")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        return _inside(value)
+
     @field_validator("grid")
     @classmethod
     def _known_grid(cls, value: str | None) -> str | None:
@@ -96,6 +101,11 @@ class StudentSpec(Strict):
     guidance: float | None = None
     untrained: bool = False
 
+    @field_validator("label")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        return _inside(value)
+
     @model_validator(mode="before")
     @classmethod
     def _labelled(cls, values: Any) -> Any:
@@ -135,6 +145,15 @@ def _in_label(name: str, value: Any) -> str:
     if name == "model":
         return _slug(str(value))
     return f"{name} {str(value).lower()}" if value is None or isinstance(value, bool) else str(value)
+
+
+def _inside(label: str) -> str:
+    """A label, which is part of the names of pictures."""
+    if ".." in re.split(r"[/\\\\]", label) or label.startswith(("/", "\\")):
+        raise ValueError(
+            f"a label is part of file names in the results folder, and must not lead out of it, got {label!r}"
+        )
+    return label
 
 
 def _slug(model: str) -> str:
@@ -304,6 +323,8 @@ def load_suite(name_or_path: str) -> Suite:
         ValueError: an unknown suite, or a file that is not YAML or does not describe a suite; names file, line and field.
     """
     path = Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else SUITES / f"{name_or_path}.yaml"
+    if name_or_path.endswith((".yaml", ".yml")) and not path.is_file():
+        raise ValueError(f"there is no suite file {path}")
     if not path.exists():
         raise unknown("suite", name_or_path, (*suite_names(), "a .yaml file"))
     return validated(Suite, read_yaml(path), path)

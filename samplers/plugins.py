@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 _Kind = TypeVar("_Kind")
+
+
+def _loaded(point: EntryPoint, group: str) -> Any:
+    """What an entry point names; None, and a warning, where its package cannot be imported: others work all the same."""
+    try:
+        return point.load()
+    except Exception as error:  # whatever the package's code does
+        package = point.dist.name if point.dist is not None else point.module
+        warnings.warn(
+            f"entry point {point.name!r} of {group}, from package {package}, cannot be loaded and is left out: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=3,
+        )
+        return None
 
 
 def with_plugins(group: str, kind: type[_Kind], own: Mapping[str, _Kind]) -> dict[str, _Kind]:
@@ -23,7 +38,9 @@ def with_plugins(group: str, kind: type[_Kind], own: Mapping[str, _Kind]) -> dic
     """
     known = dict(own)
     for point in entry_points(group=group):
-        added: Any = point.load()
+        added = _loaded(point, group)
+        if added is None:
+            continue
         if not isinstance(added, kind):
             raise TypeError(
                 f"entry point {point.name!r} of {group} must be a {kind.__name__}, got {type(added).__name__}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from scipy.stats import norm
 from test_ranking import folder, row, run, said
 
@@ -112,10 +113,10 @@ def test_shards_become_one_table_with_all_cells_and_pictures(tmp_path: Path) -> 
     cell(a, "k1", value=1.0, seconds=1.0)
     cell(b, "k1", value=1.0, seconds=9.0)
     cell(b, "k2", value=2.0)
-    for path, colour in ((a, b"same"), (b, b"same")):
+    for path in (a, b):
         (path / "samples").mkdir()
-        (path / "samples/a-nfe4.png").write_bytes(colour)
-    (b / "samples/b-nfe4.png").write_bytes(b"b")
+        Image.new("L", (2, 2), 7).save(path / "samples/a-nfe4.png")
+    Image.new("L", (2, 2), 9).save(b / "samples/b-nfe4.png")
     rows = merge([a, b], tmp_path / "c")
     assert [(r["label"], r["budget"], r["status"]) for r in rows] == [
         ("a", 4, "done"),
@@ -127,7 +128,7 @@ def test_shards_become_one_table_with_all_cells_and_pictures(tmp_path: Path) -> 
     assert sorted(p.name for p in (tmp_path / "c/cells").iterdir()) == ["k1.json", "k2.json"]
     assert json.loads((tmp_path / "c/cells/k1.json").read_text())["seconds"] == 1.0
     assert sorted(p.name for p in (tmp_path / "c/samples").iterdir()) == ["a-nfe4.png", "b-nfe4.png"]
-    files = {"table.csv", "table.md", "table.tex", "frontier.png", "frontier.svg", "provenance.json"}
+    files = {"table.csv", "table.md", "table.tex", "frontier.png", "frontier.svg", "provenance.json", "report.html"}
     assert files <= {p.name for p in (tmp_path / "c").iterdir()}
     assert "# gmm: frechet, 100 samples, fp32" in (tmp_path / "c/table.md").read_text()
 
@@ -136,7 +137,7 @@ def test_seeds_of_two_folders_become_a_mean_and_keep_both_pictures(tmp_path: Pat
     a, b = (folder(tmp_path / name, [row("a", 4, v, seed=s)]) for name, v, s in (("a", 1.0, 0), ("b", 2.0, 1)))
     for path in (a, b):
         (path / "samples").mkdir()
-        (path / "samples/a-nfe4.png").write_bytes(path.name.encode())
+        Image.new("L", (2, 2), ord(path.name)).save(path / "samples/a-nfe4.png")
     merge([a, b], tmp_path / "c")
     assert "**1.50 ± 0.14**" in (tmp_path / "c/table.md").read_text()
     assert sorted(p.name for p in (tmp_path / "c/samples").iterdir()) == ["a-nfe4-b.png", "a-nfe4.png"]

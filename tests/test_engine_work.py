@@ -214,7 +214,7 @@ def test_shards_together_measure_every_cell_once(tmp_path: Path) -> None:
     part = bench(*given, tmp_path / "parts", "--shard", "0/2")
     assert part.exit_code == 0, part.output
     assert "2 of 5 cells are left to other shards" in part.output
-    assert not (tmp_path / "parts" / "table.csv").exists()
+    assert len(pd.read_csv(tmp_path / "parts" / "table.csv")) == 3
     before = {path: path.read_bytes() for path in (tmp_path / "parts/cells").glob("*.json")}
     assert len(before) == 3
     assert bench(*given, tmp_path / "parts", "--shard", "1/2").exit_code == 0
@@ -222,6 +222,26 @@ def test_shards_together_measure_every_cell_once(tmp_path: Path) -> None:
     assert bench(*given, tmp_path / "whole").exit_code == 0
     parts, whole = (pd.read_csv(tmp_path / name / "table.csv")[COLUMNS] for name in ("parts", "whole"))
     pd.testing.assert_frame_equal(parts, whole)
+
+
+def test_shards_in_folders_of_their_own_merge_to_the_table_of_all(tmp_path: Path) -> None:
+    given = ("--num-samples", 40, "--nfe", "2,4", "--samplers", "ddpm,ddim", "--metrics", "rmse", "--out")
+    for i in range(2):
+        assert bench(*given, tmp_path / f"s{i}", "--shard", f"{i}/2").exit_code == 0
+    assert bench(*given, tmp_path / "whole").exit_code == 0
+    merged = CliRunner().invoke(
+        main, ["merge", *(str(tmp_path / s) for s in ("s0", "s1")), "--out", str(tmp_path / "m")]
+    )
+    assert merged.exit_code == 0, merged.output
+    parts, whole = (pd.read_csv(tmp_path / name / "table.csv") for name in ("m", "whole"))
+    key = ["role", "label", "budget"]
+    columns = [*key, "value", "low", "high", "rmse", "model_value"]
+    pd.testing.assert_frame_equal(
+        parts.sort_values(key)[columns].reset_index(drop=True), whole.sort_values(key)[columns].reset_index(drop=True)
+    )
+    for name in ("m", "whole"):
+        assert "The model itself" in (tmp_path / name / "table.md").read_text()
+        assert (tmp_path / name / "report.html").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from bench.judging import get_metric, metrics
 from bench.store import _package_fingerprint, plugin_fingerprint
 from bench.suite import load_suite
 from bench.zoo import load_model
-from samplers import list_samplers, make_plan, schedules
+from samplers import list_samplers, make_plan, plugins, schedules
 from samplers.grid import make_grid
-from samplers.registry import SAMPLERS, get_sampler, registered
+from samplers.registry import SAMPLERS, Sampler, get_sampler, registered
 
 
 def test_an_added_sampler_is_listed_planned_and_measured(add_plugin: Any, tmp_path: Path) -> None:
@@ -123,3 +124,11 @@ def test_an_added_sampler_may_not_take_a_name(add_plugin: Any) -> None:
     add_plugin("fewstep.samplers", "text", registered)
     with pytest.raises(TypeError, match="must be a Sampler, got str"):
         get_sampler("nothing")
+
+
+def test_a_package_that_cannot_be_loaded_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = EntryPoint("mine", "no.such.module:sampler", "fewstep.samplers")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [broken])
+    with pytest.warns(UserWarning, match=r"'mine' of fewstep.samplers, from package no.such.module, cannot be loaded"):
+        known = plugins.with_plugins("fewstep.samplers", Sampler, SAMPLERS)
+    assert known == SAMPLERS

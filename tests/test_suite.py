@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from bench.suite import StudentSpec, load_suite, suite_names
+from bench.suite import SamplerSpec, StudentSpec, load_suite, suite_names
 from samplers.registry import SAMPLERS
 
 BASE = {
@@ -134,6 +134,17 @@ def test_not_yaml_and_unknown_names(tmp_path):
         load_suite(str(path))
     with pytest.raises(ValueError, match="unknown suite 'mnits'; did you mean 'mnist'"):
         load_suite("mnits")
+    for name in ("none.yaml", str(tmp_path / "folder.yaml")):
+        (tmp_path / "folder.yaml").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="there is no suite file .*yaml"):
+            load_suite(name)
+
+
+@pytest.mark.parametrize("label", ["../up", "/root", "a/../../b", "..\\up"])
+@pytest.mark.parametrize("spec", [{"sampler": "ddim"}, {"student": "mnist-sfd"}])
+def test_a_label_does_not_lead_out_of_the_results(label, spec):
+    with pytest.raises(ValueError, match="must not lead out of it"):
+        (StudentSpec if "student" in spec else SamplerSpec)(**spec, label=label)
 
 
 def test_changed_selects_rows_by_label_or_registered_name(tmp_path):
