@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +42,7 @@ _TOLERANCE = 1e-10
 _RMSE = "RMSE to the converged solution"
 
 
-class Trajectories:
+class Trajectories(ABC):
     """Start noise and the ends of its trajectories on a model, on which a plan's error is measured.
 
     Subclasses give `schedule`, `dim` (a label), `model`, `noise`, `cond`, `solution`: the ends at t_min (False) and at clean
@@ -75,9 +76,9 @@ class Trajectories:
                 self._errors[plan] = float((x - target).square().mean().sqrt())
         return self._errors[plan]
 
+    @abstractmethod
     def distance_of(self, samples: Tensor) -> float:
-        """Frechet distance of samples from the distribution of the data."""
-        raise NotImplementedError
+        """Frechet distance of samples (N, ...) from the distribution of the data."""
 
 
 class Digits(Trajectories):

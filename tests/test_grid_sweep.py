@@ -114,36 +114,14 @@ def test_summary():
 
 
 def test_command(tmp_path):
-    arguments = [
-        "--samplers",
-        "ddim,heun",
-        "--grids",
-        "uniform,karras",
-        "--schedules",
-        "edm",
-        "--nfe",
-        "5",
-        "--dim",
-        "2",
-    ]
-    done = CliRunner().invoke(main, [*arguments, "--samples", "2", "--out", str(tmp_path)])
+    problem = ["--schedules", "edm", "--nfe", "5", "--dim", "2", "--out", str(tmp_path)]
+    arguments = ["--samplers", "ddim,heun", "--grids", "uniform,karras", *problem]
+    done = CliRunner().invoke(main, [*arguments, "--samples", "2"])
     assert done.exit_code == 0, done.output
     assert len(pd.read_csv(tmp_path / "gmm.csv")) == 4
     assert "| ddim |" in (tmp_path / "gmm.md").read_text()
-    noisy = [
-        "--stochastic",
-        "--samplers",
-        "ddpm",
-        "--grids",
-        "uniform",
-        "--schedules",
-        "edm",
-        "--nfe",
-        "5",
-        "--dim",
-        "2",
-    ]
-    done = CliRunner().invoke(main, [*noisy, "--samples", "64", "--out", str(tmp_path)])
+    noisy = ["--stochastic", "--samplers", "ddpm", "--grids", "uniform", *problem]
+    done = CliRunner().invoke(main, [*noisy, "--samples", "64"])
     assert done.exit_code == 0, done.output
     assert "Frechet distance of 64 samples" in (tmp_path / "gmm-stochastic.md").read_text()
     assert json.loads((tmp_path / "gmm-stochastic.provenance.json").read_text())["samples"] == 64
