@@ -29,6 +29,7 @@ from bench.metrics import Moments, frechet_distance, gaussian_frechet
 from bench.mixture import GaussianMixture
 from bench.provenance import machine
 from bench.store import write_text
+from bench.tuning import uses_noise
 from samplers import EpsModel, Plan, list_samplers, make_plan, run_plan, schedules
 from samplers.errors import unknown
 from samplers.grid import GRIDS, allows
@@ -172,7 +173,7 @@ def fixed_samplers(stochastic: bool = False) -> list[str]:
     Error-controlled samplers have no plan, and consistency sampling is for models that were trained for it.
     """
     fixed = [s.name for s in list_samplers() if not s.adaptive and s.name != "consistency"]
-    return [name for name in fixed if make_plan(name, SCHEDULES["vp_linear"], steps=20).stochastic == stochastic]
+    return [name for name in fixed if uses_noise(name) == stochastic]
 
 
 def sweep(

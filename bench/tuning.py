@@ -33,9 +33,16 @@ def tuning_of(spec: SamplerSpec, model: str) -> Row:
 
 
 @lru_cache
+def uses_noise(sampler: str) -> bool:
+    """Whether the plan of a registered sampler uses noise by default.
+
+    Raises:
+        ValueError: an error-controlled sampler, which has no plan.
+    """
+    return make_plan(sampler, schedules.vp_linear(), steps=20).stochastic
+
+
 def _swept(sampler: str) -> bool:
     """Whether the sweep had it: the samplers of fewstep whose plan uses no noise."""
     known = SAMPLERS.get(sampler)
-    return (
-        known is not None and not known.adaptive and not make_plan(sampler, schedules.vp_linear(), steps=20).stochastic
-    )
+    return known is not None and not known.adaptive and not uses_noise(sampler)
