@@ -175,7 +175,7 @@ _TABLE = (
     Sampler("dpm-solver-3s", _THIRD, "dpm-solver", 3, "no", 3, "time-quadratic", _DPM, mixed_orders=True),
     Sampler("dpm-solver-2m", _2M, "dpm-solver", 2, "no", 1, "time-quadratic", _DPMPP),
     Sampler("dpm-solver-3m", _3M, "dpm-solver", 2, "no", 1, "time-quadratic", _DPMPP),
-    Sampler("dpmpp-2s", dpmpp_2s, "dpm-solver++", 2, "eta", 2, "time-quadratic", _DPMPP, mixed_orders=True),
+    Sampler("dpmpp-2s", dpmpp_2s, "dpm-solver++", 2, "eta", 2, "time-uniform", _DPMPP, mixed_orders=True),
     Sampler("dpmpp-3s", _THIRD_X0, "dpm-solver++", 3, "no", 3, "time-quadratic", _DPMPP, mixed_orders=True),
     Sampler("dpmpp-2m", _2M_X0, "dpm-solver++", 2, "no", 1, "time-quadratic", _DPMPP),
     Sampler("dpmpp-3m", _3M_X0, "dpm-solver++", 2, "no", 1, "time-quadratic", _DPMPP),
