@@ -17,7 +17,7 @@ from bench.report import write_results
 from bench.suite import Suite, load_suite
 from bench.table import frame
 from bench.workers import Workers
-from bench.zoo import load_model
+from bench.zoo import load_network, with_judge
 from distill.config import default_dtype
 from samplers.errors import unknown
 from samplers.execute import COMPILE
@@ -133,7 +133,10 @@ def prepare(
             f"overlap=True judges beside sampling, which a CUDA device can; device must be cuda, got {device!r}"
         )
     dtype = default_dtype(device) if dtype == "auto" else dtype
-    model = load_model(suite.model, device, dtype, suite.judge, suite.num_samples, **suite.reading)
+    with suite.naming("model"):
+        network = load_network(suite.model, device, dtype, **suite.reading)
+    with suite.naming("judge"):
+        model = with_judge(network, suite.judge, suite.num_samples)
     deadline = math.inf if minutes is None else time.monotonic() + 60.0 * minutes
     running = Running(device, suite.batch_size, compile, share_first_call, workers, overlap, deadline)
     return Run(suite, model, out, running, console, shard)

@@ -152,20 +152,24 @@ def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
         ValueError: models or students that cannot be loaded, or do not fit the suite's model, or a guidance weight that
             none takes.
     """
-    own = {
-        spec.model: _beside(spec.model, model, device, suite.reading if is_pipeline(spec.model) else {})
-        for spec in suite.samplers
-        if isinstance(spec, SamplerSpec) and spec.model is not None
-    }
-    students = {
-        spec.label: load_students(spec, model, device) for spec in suite.samplers if isinstance(spec, StudentSpec)
-    }
+    with suite.naming("samplers"):
+        own = {
+            spec.model: _beside(spec.model, model, device, suite.reading if is_pipeline(spec.model) else {})
+            for spec in suite.samplers
+            if isinstance(spec, SamplerSpec) and spec.model is not None
+        }
+        students = {
+            spec.label: load_students(spec, model, device) for spec in suite.samplers if isinstance(spec, StudentSpec)
+        }
     networks = [model, *own.values(), *(student for found in students.values() for student in found.values())]
-    if isinstance(suite.guidance, float) and not any(map(_takes_weight, networks)):
-        raise ValueError(f"guidance={suite.guidance:g} is given, but no network of suite {suite.name!r} takes a weight")
-    for network in networks:
-        if _takes_weight(network):
-            inputs_of(network, 1, weight_of(suite.guidance))
+    with suite.naming("guidance"):
+        if isinstance(suite.guidance, float) and not any(map(_takes_weight, networks)):
+            raise ValueError(
+                f"guidance={suite.guidance:g} is given, but no network of suite {suite.name!r} takes a weight"
+            )
+        for network in networks:
+            if _takes_weight(network):
+                inputs_of(network, 1, weight_of(suite.guidance))
     teacher = SamplerSpec(**suite.teacher.model_dump(exclude={"nfe"}))
     for spec in (*suite.samplers, teacher):
         if isinstance(spec, SamplerSpec):
@@ -179,7 +183,8 @@ def resolve(suite: Suite, model: BenchModel, device: str) -> list[Cell]:
         for spec in suite.samplers
     ]
     many_steps = _sampler_cell(suite, model, teacher, suite.teacher.nfe, "teacher", weaker)
-    _check_metrics(suite, model, many_steps)
+    with suite.naming("metrics"):
+        _check_metrics(suite, model, many_steps)
     seeded = [[_seeded(cell, suite, seed, many_steps) for seed in suite.seeds] for cell in (*cells, many_steps)]
     if seeded[-1][0].is_solution:
         seeded = [seeded[-1], *seeded[:-1]]

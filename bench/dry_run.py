@@ -7,10 +7,13 @@ import time
 import torch
 from rich.table import Table
 
-from bench.cells import Cell, identity
+from bench.cells import Cell, identity, settings
 from bench.engine import Run
+from bench.measure import pixels
 from bench.network import Network
 from bench.store import Store
+from bench.suite import SamplerSpec
+from bench.zoo import BenchModel
 
 _TIMED = 2
 
@@ -18,17 +21,20 @@ _TIMED = 2
 def dry_run(run: Run) -> Table:
     """The cells of a run with their network calls, whether they are in the folder already, and estimated minutes.
 
-    The estimate is that of the network calls alone, from a few of them on one batch.
+    The estimate is that of the network calls and of the features of the samples, from a few of each on one batch.
     """
-    store, device = Store(run.out), run.running.device
+    store, device, model = Store(run.out), run.running.device, run.model
     speed: dict[str, float] = {}
-    table = Table(title=f"suite {run.suite.name}, {run.suite.num_samples} samples a cell", show_footer=True)
+    title = (
+        f"suite {run.suite.name}: model {model.name}, {model.dtype} on {device}, {run.suite.num_samples} samples a cell"
+    )
+    table = Table(title=f"{title}, {model.judge.metric}", show_footer=True)
     for name in ("row", "grid"):
         table.add_column(name)
     for name in ("budget", "NFE", "seed"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("minutes", justify="right")
-    total = 0.0
+    total, judging = 0.0, None
     for number, cell in enumerate(run.cells):
         made_by = identity(cell, device)
         if cell.problem:
@@ -40,7 +46,8 @@ def dry_run(run: Run) -> Table:
         else:
             if cell.model.hash not in speed:
                 speed[cell.model.hash] = seconds_per_evaluation(cell.model, run.running.batch_size, device)
-            minutes = speed[cell.model.hash] * _evaluations(cell) * cell.num_samples / 60.0
+            judging = seconds_of_judging(model, run.running.batch_size) if judging is None else judging
+            minutes = (speed[cell.model.hash] * _evaluations(cell) + judging) * cell.num_samples / 60.0
             total += minutes
             outcome = f"{minutes:.1f}"
         table.add_row(*_columns(cell, made_by), outcome)
@@ -70,8 +77,21 @@ def seconds_per_evaluation(model: Network, batch_size: int, device: str) -> floa
     return (time.perf_counter() - began) / model.metered.counts.evaluations
 
 
+def seconds_of_judging(model: BenchModel, batch_size: int) -> float:
+    """Seconds for the features of a sample of a batch, decoded where it is a latent, from the second of two times."""
+    x, seconds = torch.zeros(batch_size, *model.shape), 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        model.judge.features(pixels(model, x))
+        seconds = time.perf_counter() - began
+    return seconds / batch_size
+
+
 def _columns(cell: Cell, made_by: dict[str, object]) -> list[str]:
     known = "" if cell.problem else f"{'<= ' if cell.plan is None else ''}{cell.calls}"
     known += "" if cell.evaluations is None else f" ({cell.evaluations[0]} evaluations)"
     who = cell.spec.label if cell.role == "sampler" else f"{cell.spec.label} (the model itself)"
-    return [who, str(made_by["grid"]), str(cell.nfe), known, str(cell.seed)]
+    given = settings(cell.spec) if isinstance(cell.spec, SamplerSpec) else {}
+    unset = {"grid": given.get("grid"), "final": None, "afs": False}  # the grid has a column of its own
+    chosen = [f"{name}={value}" for name, value in given.items() if name not in unset or value != unset[name]]
+    return [", ".join([who, *chosen]), str(made_by["grid"]), str(cell.nfe), known, str(cell.seed)]

@@ -167,7 +167,7 @@ KINDS = ("cfg", "apg", "cfg++", "autoguidance", "none")
 
 
 def _tag(value: Any) -> str:
-    return value.get("kind", "cfg") if isinstance(value, dict) else getattr(value, "kind", "weight")
+    return f"({value.get('kind', 'cfg') if isinstance(value, dict) else getattr(value, 'kind', 'weight')})"
 
 
 def _known(value: Any) -> Any:
@@ -177,12 +177,12 @@ def _known(value: Any) -> Any:
 
 
 GuidanceSpec = Annotated[
-    Annotated[float, Tag("weight")]
-    | Annotated[ClassifierFree, Tag("cfg")]
-    | Annotated[Projected, Tag("apg")]
-    | Annotated[PlusPlus, Tag("cfg++")]
-    | Annotated[Autoguidance, Tag("autoguidance")]
-    | Annotated[Unguided, Tag("none")],
+    Annotated[float, Tag("(weight)")]
+    | Annotated[ClassifierFree, Tag("(cfg)")]
+    | Annotated[Projected, Tag("(apg)")]
+    | Annotated[PlusPlus, Tag("(cfg++)")]
+    | Annotated[Autoguidance, Tag("(autoguidance)")]
+    | Annotated[Unguided, Tag("(none)")],
     Discriminator(_tag),
     BeforeValidator(_known),
 ]

@@ -250,7 +250,7 @@ class _Batches:
         if not bool(samples.isfinite().all()):  # sampled again, which names the step
             self.stream.begin(lambda: _samples(self.cell, self.running, batch, None, check=True))()
             raise SamplingError(f"{self.cell.spec.label} gave NaN or Inf, and a second run from the same noise did not")
-        rows = _known(self.cell, _pixels(self.cell.model, samples), batch, self.solution)
+        rows = _known(self.cell, pixels(self.cell.model, samples), batch, self.solution)
         rows["film"] = torch.stack(begun.frames, 1).numpy() if begun.frames else np.empty((0, 0), np.float32)
         totals = {"seconds": seconds, "judging_seconds": time.perf_counter() - began, "joules": begun.joules}
         totals |= {"calls": begun.counts.calls * len(batch), "evaluations": begun.counts.evaluations}
@@ -293,7 +293,7 @@ def _check_counts(cell: Cell, counts: Counts, batch: int) -> None:
         )
 
 
-def _pixels(model: Network, samples: Tensor) -> Tensor:
+def pixels(model: Network, samples: Tensor) -> Tensor:
     """What is judged and shown of samples, on the CPU as they are."""
     return samples if model.space is None else model.decode(samples.to(model.device)).cpu()
 

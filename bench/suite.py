@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
 from bench.guidance import GuidanceSpec
 from bench.judge import JudgeSpec
-from distill.documents import Strict, read_yaml, validated
+from distill.documents import Strict, place, read_yaml, validated
+from samplers import make_plan, schedules
 from samplers.errors import unknown
 from samplers.grid import FINALS, points_of
 from samplers.registry import get_sampler, registered
 
 SUITES = Path(__file__).parent / "suites"
+_AMPLE = 20  # steps of which every sampler can make a plan
 _SWEPT = ("sampler", "model", "grid", "final", "afs")  # fields of a row that may be lists
 
 
@@ -77,7 +80,22 @@ class SamplerSpec(Strict):
     @model_validator(mode="after")
     def _known_options(self) -> SamplerSpec:
         get_sampler(self.sampler).check_options(self.options)
+        if self.options and not get_sampler(self.sampler).adaptive:
+            _check_values(self.sampler, self.options)
         return self
+
+
+def _check_values(sampler: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for options that allow no plan, however many steps, on any of the usual schedules."""
+    problems = []
+    for schedule in (schedules.vp_linear(), schedules.edm()):
+        try:
+            make_plan(sampler, schedule, steps=_AMPLE, **options)
+        except ValueError as error:
+            problems.append(error)
+        else:
+            return
+    raise problems[0]
 
 
 class TeacherSpec(SamplerSpec):
@@ -163,17 +181,24 @@ def _slug(model: str) -> str:
 
 def _kind(row: Any) -> str:
     if isinstance(row, StudentSpec) or (isinstance(row, dict) and "student" in row):
-        return "student"
+        return "(student)"
     swept = isinstance(row, dict) and any(isinstance(row.get(name), list | tuple) for name in _SWEPT)
-    return "several" if swept else "sampler"
+    return "(several)" if swept else "(sampler)"
+
+
+def _judge_kind(judge: Any) -> str:
+    return "(folder)" if isinstance(judge, str) else "(extractor)"
 
 
 Spec = SamplerSpec | StudentSpec
 _Spelled = Annotated[
-    Annotated[SamplerSpec, Tag("sampler")]
-    | Annotated[StudentSpec, Tag("student")]
-    | Annotated[SweptSpec, Tag("several")],
+    Annotated[SamplerSpec, Tag("(sampler)")]
+    | Annotated[StudentSpec, Tag("(student)")]
+    | Annotated[SweptSpec, Tag("(several)")],
     Discriminator(_kind),
+]
+_JudgeSpec = Annotated[
+    Annotated[str, Tag("(folder)")] | Annotated[JudgeSpec, Tag("(extractor)")], Discriminator(_judge_kind)
 ]
 if TYPE_CHECKING:
     _AnySpec = Spec  # a `SweptSpec` is spelled out when a suite is made
@@ -207,7 +232,7 @@ class Suite(Strict):
     name: str
     model: str
     models: tuple[str, ...] = ()
-    judge: str | JudgeSpec | None = None
+    judge: _JudgeSpec | None = None
     note: str = ""
     samplers: tuple[_AnySpec, ...] = Field(min_length=1)
     nfe: tuple[int, ...] = Field(min_length=1)
@@ -221,6 +246,18 @@ class Suite(Strict):
     size: int | None = Field(default=None, ge=1)
     tiles: bool = False
     teacher: TeacherSpec
+    _source: Path | None = PrivateAttr(default=None)
+    _replaced: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @contextmanager
+    def naming(self, field: str) -> Iterator[None]:
+        """What cannot be used inside names the file and the line that asked for it, where a file did."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            if self._source is None or field in self._replaced:
+                raise
+            raise ValueError(f"{place(self._source, (field,))}: {field}: {error}") from error
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -241,7 +278,13 @@ class Suite(Strict):
     @field_validator("samplers")
     @classmethod
     def _spelled_out(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(row for spec in value for row in (spec.rows if isinstance(spec, SweptSpec) else (spec,)))
+        rows = tuple(row for spec in value for row in (spec.rows if isinstance(spec, SweptSpec) else (spec,)))
+        labels = [row.label for row in rows]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            numbers = " and ".join(str(i) for i, label in enumerate(labels, 1) if label == twice)
+            raise ValueError(f"label {twice!r} stands for two rows, {numbers}; give one of them another label")
+        return rows
 
     @field_validator("nfe")
     @classmethod
@@ -264,14 +307,6 @@ class Suite(Strict):
 
         return tuple(dict.fromkeys(get_metric(name).name for name in value))
 
-    @model_validator(mode="after")
-    def _distinct(self) -> Suite:
-        labels = [spec.label for spec in self.samplers]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice:
-            raise ValueError(f"label {twice[0]!r} stands for two rows; give one of them another label")
-        return self
-
     def of_each_model(self) -> dict[str, Suite]:
         """This suite with each of its models, by what their results folders are called within its own; one model has "".
 
@@ -279,7 +314,12 @@ class Suite(Strict):
         """
         if not self.models:
             return {"": self}
-        return {_slug(name): self.changed(model=name) for name in self.models}
+        return {_slug(name): self._of(name) for name in self.models}
+
+    def _of(self, model: str) -> Suite:
+        one = self.changed(model=model)
+        one._replaced = self._replaced
+        return one
 
     def changed(self, samplers: Sequence[str] = (), students: Sequence[StudentSpec] = (), **values: Any) -> Suite:
         """This suite with other values (None: unchanged), with the named rows only, and with students before them.
@@ -308,7 +348,10 @@ class Suite(Strict):
         if "model" in update:
             update = {"models": (), **update}
         rows_now = [spec.model_dump() for spec in (*students, *rows)]
-        return validated(Suite, {**self.model_dump(), "samplers": rows_now, **update}, f"suite {self.name!r}")
+        changed = validated(Suite, {**self.model_dump(), "samplers": rows_now, **update}, f"suite {self.name!r}")
+        changed._source = self._source
+        changed._replaced = self._replaced | update.keys() | ({"samplers"} if students or samplers else set())
+        return changed
 
 
 def suite_names() -> list[str]:
@@ -327,4 +370,6 @@ def load_suite(name_or_path: str) -> Suite:
         raise ValueError(f"there is no suite file {path}")
     if not path.exists():
         raise unknown("suite", name_or_path, (*suite_names(), "a .yaml file"))
-    return validated(Suite, read_yaml(path), path)
+    suite = validated(Suite, read_yaml(path), path)
+    suite._source = path
+    return suite

@@ -74,25 +74,28 @@ def load_model(
             images of another shape, or none.
         distill.checkpoint.CheckpointError: a checkpoint that cannot be used.
     """
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    problem = load_problem(name)
-    if problem is not None:
-        _asked(name, reading)
+    return with_judge(load_network(name, device, dtype, **reading), judge, num_samples)
+
+
+def with_judge(network: Network, judge: str | Path | JudgeSpec | None = None, num_samples: int = 0) -> BenchModel:
+    """A network, as `load_network` gives it, with the judge of its samples; arguments and errors as in `load_model`."""
+    if isinstance(network, BenchModel):
         if judge is not None:
-            raise ValueError(f"judge is for a model of images, model {name!r} has its own; got {str(judge)!r}")
-        return _exact(problem, device)
-    network = load_network(name, device, dtype, **reading)
+            raise ValueError(f"judge is for a model of images, model {network.name!r} has its own; got {str(judge)!r}")
+        return network
     if isinstance(judge, JudgeSpec):
-        return judged(network, judge_of(judge, network.pixel_shape, num_samples, device))
-    return judged(network, _judge_in(judge, network, device))
+        return judged(network, judge_of(judge, network.pixel_shape, num_samples, network.device))
+    return judged(network, _judge_in(judge, network))
 
 
 def load_network(name: str, device: str, dtype: str, **reading: Any) -> Network:
-    """The network of a model, as `load_model` takes it, without a judge of its samples."""
+    """The network of a model, as `load_model` takes it, without a judge of its samples; of one without error, with its own."""
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
     asked = _asked(name, reading)
-    if load_problem(name) is not None:
-        return load_model(name, device, dtype)
+    problem = load_problem(name)
+    if problem is not None:
+        return _exact(problem, device)
     if name == _MNIST:
         return on_device(name, load_checkpoint(TEACHER), device, dtype)
     if is_pipeline(name):
@@ -128,7 +131,7 @@ def judged(network: Network, judge: Judge) -> BenchModel:
     return BenchModel(**{part.name: getattr(network, part.name) for part in fields(Network)}, judge=judge)
 
 
-def _judge_in(judge: str | Path | None, network: Network, device: str) -> Judge:
+def _judge_in(judge: str | Path | None, network: Network) -> Judge:
     """The judge in a folder, or the shipped one."""
     if judge is None:
         if network.pixel_shape != DIGITS:
@@ -136,13 +139,13 @@ def _judge_in(judge: str | Path | None, network: Network, device: str) -> Judge:
                 f"model {network.name} gives samples of shape {network.pixel_shape}; the shipped judge is for {DIGITS}: "
                 "give a judge"
             )
-        return digit_judge(device)
-    extractor = load_extractor(Path(judge) / FEATURES, device)
+        return digit_judge(network.device)
+    extractor = load_extractor(Path(judge) / FEATURES, network.device)
     if extractor.shape != network.pixel_shape:
         raise ValueError(
             f"judge {judge} is for images of shape {extractor.shape}, model {network.name} gives {network.pixel_shape}"
         )
-    return folder_judge(Path(judge), device)
+    return folder_judge(Path(judge), network.device)
 
 
 def _exact(problem: Problem, device: str) -> BenchModel:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 _Location = tuple[int | str, ...]
 
@@ -49,7 +50,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: not YAML, a key that is given twice, or not a mapping; the message names the file, and the line.
     """
     try:
-        document = yaml.load(Path(path).read_text(), _UniqueKeys)
+        with open(path, encoding="utf-8") as stream:  # of which YAML's own errors name the file
+            document = yaml.load(stream, _UniqueKeys)
     except _RepeatedKeyError as error:
         raise ValueError(f"{path}, {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -73,26 +75,60 @@ def validated(kind: type[_Kind], document: Any, source: str | Path) -> _Kind:
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or kind.__name__
-    line = _line(source, first["loc"]) if isinstance(source, Path) else None
-    place = str(source) if line is None else f"{source}, line {line}"
-    raise ValueError(f"{place}: {where}: {_message(kind, first)}")
+        first = min(error.errors(), key=lambda one: one["type"] == "missing")  # a misspelt field is missing too
+    location = _spelled(document, first["loc"])
+    where = ".".join(map(str, location)) or kind.__name__
+    raise ValueError(f"{place(source, location)}: {where}: {_message(kind, first, location)}")
 
 
-def _message(kind: type[Strict], error: Any) -> str:
+def place(source: str | Path, location: _Location) -> str:
+    """The source, and of a file the line where the innermost part of `location` that it holds begins."""
+    line = _line(source, location) if isinstance(source, Path) else None
+    return str(source) if line is None else f"{source}, line {line}"
+
+
+def _spelled(document: Any, location: _Location) -> _Location:
+    """A location of pydantic's as the document spells it: without the alternatives of a union, which are none of its fields.
+
+    A name that the document lacks is the last part, of a field that is missing; alternatives are named in parentheses.
+    """
+    parts = [part for part in location if not (isinstance(part, str) and part.startswith("("))]
+    kept: list[int | str] = []
+    for number, part in enumerate(parts, 1):
+        is_item = isinstance(document, list | tuple) and isinstance(part, int) and part < len(document)
+        if is_item or (isinstance(document, dict) and part in document):
+            document = document[part]
+        elif isinstance(part, int) or number < len(parts):
+            continue
+        kept.append(part)
+    return tuple(kept)
+
+
+def _message(kind: type[Strict], error: Any, location: _Location) -> str:
     if error["type"] == "extra_forbidden":
-        field = str(error["loc"][-1])
-        names = _fields_at(kind, error["loc"][:-1])
-        close = difflib.get_close_matches(field, names, n=3, cutoff=0.4)
+        close = difflib.get_close_matches(str(location[-1]), _fields_at(kind, location[:-1]), n=3, cutoff=0.4)
         return "no such field" + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
     given = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
-    return str(error["msg"]).removeprefix("Value error, ") + given
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return ("must be a list" if error["type"] == "tuple_type" else text) + given
 
 
 def _fields_at(kind: type[Strict], location: _Location) -> list[str]:
-    """Field names of the model at the top level; of one inside it nothing is offered."""
-    return list(kind.model_fields) if not location else []
+    """Field names of the model there, or of each that may be there."""
+    kinds = [kind]
+    for name in (part for part in location if isinstance(part, str)):
+        kinds = [inner for one in kinds if name in one.model_fields for inner in _models_in(one.model_fields[name])]
+    return [name for one in kinds for name in one.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[Strict]]:
+    """The models that a field's annotation, or any part of it, names."""
+    if isinstance(annotation, FieldInfo):
+        return _models_in(annotation.annotation)
+    parts = get_args(annotation)
+    if not parts and isinstance(annotation, type) and issubclass(annotation, Strict):
+        return [annotation]
+    return [kind for part in parts for kind in _models_in(part)]
 
 
 def _line(source: Path, location: _Location) -> int | None:

@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+from bench.api import run
 from bench.suite import SamplerSpec, StudentSpec, load_suite, suite_names
 from samplers.registry import SAMPLERS
 
@@ -85,8 +86,11 @@ def test_the_exact_suite_has_every_deterministic_sampler():
         ({"nfes": [3]}, r"tiny\.yaml, line \d+: nfes: no such field; did you mean 'nfe'"),
         ({"nfe": []}, r"tiny\.yaml, line 3: nfe: "),
         ({"nfe": [0]}, "nfe: must be at least 1, got 0"),
-        ({"samplers": [{"student": "runs/x", "guidence": 2}]}, r"samplers\.0\.student\.guidence: no such field"),
-        ({"samplers": [{"student": ""}]}, r"samplers\.0\.student\.student: .* at least 1 character"),
+        (
+            {"samplers": [{"student": "runs/x", "guidence": 2}]},
+            r"samplers\.0\.guidence: no such field; did you mean 'guidance'",
+        ),
+        ({"samplers": [{"student": ""}]}, r"samplers\.0\.student: .* at least 1 character"),
         (
             {"samplers": [{"student": "runs/ddim"}, {"student": "a", "label": "ddim"}]},
             "label 'ddim' stands for two rows",
@@ -94,14 +98,21 @@ def test_the_exact_suite_has_every_deterministic_sampler():
         ({"num_samples": 1}, "num_samples"),
         (
             {"samplers": [{"sampler": "heun", "grid": []}]},
-            r"line \d+: samplers.0.several: grid must be a value or a list",
+            r"line \d+: samplers.0: grid must be a value or a list",
         ),
-        ({"samplers": [{"sampler": "heun", "grid": ["edm", "edmm"]}]}, r"rows\.1\.grid: unknown grid 'edmm'"),
+        ({"samplers": [{"sampler": "heun", "grid": ["edm", "edmm"]}]}, r"samplers\.0\.grid: unknown grid 'edmm'"),
         ({"model": ["gmm", "gmm"]}, "model must be a name or a list of different ones"),
         ({"num_samples": "many"}, "num_samples"),
         ({"samplers": ["dimd"]}, "unknown sampler 'dimd'; did you mean 'ddim'"),
         ({"samplers": [{"sampler": "ddim", "options": {"etta": 1}}]}, "unknown option .* 'etta'; did you mean 'eta'"),
-        ({"samplers": ["ddim", "ddim"]}, "label 'ddim' stands for two rows"),
+        ({"samplers": ["ddim", "heun", "ddim"]}, r"line \d+: samplers: label 'ddim' stands for two rows, 1 and 3"),
+        ({"samplers": [{"sampler": "unipc-2", "options": {"variant": "bh3"}}]}, r"samplers\.0: unknown variant 'bh3'"),
+        ({"nfe": 4}, "line 3: nfe: must be a list, got 4"),
+        ({"judge": {"extractor": "pixels"}}, r"judge\.reference: Field required"),
+        (
+            {"judge": {"extractor": "pixels", "refernce": "x"}},
+            r"judge\.refernce: no such field; did you mean 'reference'",
+        ),
         ({"teacher": {"sampler": "heun"}}, "teacher.nfe"),
     ],
 )
@@ -130,7 +141,7 @@ def test_students_are_added_before_the_chosen_rows(tmp_path):
 def test_not_yaml_and_unknown_names(tmp_path):
     path = tmp_path / "broken.yaml"
     path.write_text("a: [1")
-    with pytest.raises(ValueError, match="is not YAML"):
+    with pytest.raises(ValueError, match=r'(?s)is not YAML: .*in ".*broken\.yaml", line 1'):
         load_suite(str(path))
     with pytest.raises(ValueError, match="unknown suite 'mnits'; did you mean 'mnist'"):
         load_suite("mnits")
@@ -156,3 +167,31 @@ def test_changed_selects_rows_by_label_or_registered_name(tmp_path):
         suite.changed(["huen"])
     with pytest.raises(ValueError, match="suite 'tiny': num_samples"):
         suite.changed(num_samples=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "gmmm"}, r"tiny\.yaml, line \d+: model: unknown model 'gmmm'; did you mean 'gmm'"),
+        ({"judge": "there/is/none"}, r"tiny\.yaml, line \d+: judge: judge is for a model of images"),
+        (
+            {"samplers": [{"student": "there/is/none"}]},
+            r"tiny\.yaml, line \d+: samplers: student 'none': there is no folder",
+        ),
+        (
+            {"samplers": ["ddim", {"sampler": "heun", "model": "gmm-3"}]},
+            r"line \d+: samplers: model 'gmm-3': .*shape \(3,\)",
+        ),
+        ({"metrics": ["inception_score"]}, r"tiny\.yaml, line \d+: metrics: metric 'inception_score' needs class"),
+        ({"guidance": 2.0}, r"tiny\.yaml, line \d+: guidance: guidance=2 is given, but no network"),
+    ],
+)
+def test_what_a_file_asks_for_and_cannot_be_had_names_its_line(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(write(tmp_path, **changes), out=tmp_path / "out", quiet=True)
+
+
+def test_what_the_caller_asks_for_instead_names_no_line(tmp_path):
+    for changes, message in (({"model": "gmmm"}, "^unknown model"), ({"metrics": ["inception_score"]}, "^metric")):
+        with pytest.raises(ValueError, match=message):
+            run(write(tmp_path), out=tmp_path / "out", quiet=True, **changes)
