@@ -169,7 +169,8 @@ def best_of(rows: Sequence[Row]) -> dict[int, Best]:
 def own_model(row: Row, rows: Sequence[Row]) -> Row | None:
     """The many-step run of the row's model under the row's guidance, whose distance is the model's own error.
 
-    A student has none of its own, and is compared with the only one that there is. Under guidance a model is another one.
+    A student has none of its own, and is compared with the only one that there is. Under guidance a model is another one, and so
+    is a student at a weight of it.
 
     Args:
         row: of a sampler or a student.
@@ -179,7 +180,12 @@ def own_model(row: Row, rows: Sequence[Row]) -> Row | None:
     same = [other for other in many if other.get("model_hash") == row.get("model_hash")]
     if not same and len({(other.get("model_hash"), other.get("guidance")) for other in many}) == 1:
         same = many
-    return next((other for other in same if other.get("guidance") == row.get("guidance")), None)
+    return next((other for other in same if _guidance(other) == _guidance(row)), None)
+
+
+def _guidance(row: Row) -> tuple[str | None, float]:
+    """Kind and scale as text, and the weight that is an input of the network."""
+    return row.get("guidance"), (row.get("inputs") or {}).get("guidance", 0.0)
 
 
 def beyond_model(rows: Sequence[Row]) -> set[tuple[str, int]]:

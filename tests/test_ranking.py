@@ -179,6 +179,8 @@ def test_rows_better_than_their_own_models_many_steps_are_found() -> None:
     student = row("s", 4, 0.5, model_hash="other")
     assert beyond_model([student, teachers[0]]) == {("s", 4)}  # the only model that there is to compare with
     assert beyond_model([student, *teachers]) == set()
+    weights = [row(f"w{w}", 4, 0.5, model_hash="other", inputs={"guidance": w}) for w in (0.0, 3.0)]
+    assert beyond_model([*weights, teachers[0]]) == {("w0.0", 4)}  # with a weight it samples something else
 
 
 # how sure ------------------------------------------------------------------------------------------------------------
