@@ -39,7 +39,7 @@ UNTRACED = re.compile(
 )
 
 
-QUICK_CASES = 4  # of a test with more, which are a spread of its samplers, schedules and so on
+QUICK_CASES = 3  # of a test with more, which are a spread of its samplers, schedules and so on
 
 
 def pytest_addoption(parser):
