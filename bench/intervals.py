@@ -22,7 +22,7 @@ class Distance:
 
     Attributes:
         value: >= 0 for a distance; an estimate without bias, such as KID, may fall below.
-        low, high: the ends of the interval; of a distance, low is never below 0.
+        low, high: the ends of the interval; of a distance, low is never below 0, and of a share both are in [0, 1].
         standard_error: of `value`.
         count: N, the samples behind it.
     """
@@ -41,6 +41,7 @@ def interval(
     level: float = 0.95,
     *,
     floor: float = -math.inf,
+    ceiling: float = math.inf,
     degrees: int | None = None,
 ) -> Distance:
     """`value` with the two-sided interval of a normal error.
@@ -50,17 +51,54 @@ def interval(
         standard_error: of it.
         count: the samples behind it.
         level: probability that the interval covers what is estimated, in (0, 1).
-        floor: below which the figure cannot lie, and `low` with it.
+        floor, ceiling: beyond which the figure cannot lie, where `low` and `high` are cut off.
         degrees: of freedom of the standard error, for Student's quantile; None: it is known well.
 
     Raises:
         ValueError: a level outside (0, 1).
     """
+    tail = _tail(level)
+    reach = float(ndtri(tail) if degrees is None else stdtrit(degrees, tail)) * standard_error
+    low, high = max(floor, value - reach), min(ceiling, value + reach)
+    return Distance(float(value), float(low), float(high), float(standard_error), count)
+
+
+def share_interval(value: float, standard_error: float, count: int, level: float = 0.95) -> Distance:
+    """A share with Wilson's score interval, which stays in [0, 1] and has a width where the share is 0 or 1 too.
+
+    Wilson 1927, doi:10.1080/01621459.1927.10502953, for the number of independent trials that have this standard error, as for
+    shares in surveys (Korn & Graubard 1998, Survey Methodology 24, 193-201): `q (1 - q) / standard_error^2` and at most `count`,
+    where q is the middle of the interval of `count` trials, since a share of 0 or 1 says nothing of its spread.
+
+    Args:
+        value: the share, in [0, 1].
+        standard_error: of it, as the trials show it.
+        count: the trials.
+        level: see `interval`.
+
+    Returns:
+        The share; its standard error is that at q where all trials had one outcome.
+
+    Raises:
+        ValueError: a share outside [0, 1], or a level outside (0, 1).
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"value must lie in [0, 1], got {value}")
+    z = float(ndtri(_tail(level)))
+    q = (value * count + 0.5 * z * z) / (count + z * z)
+    trials = min(count, q * (1.0 - q) / standard_error**2) if standard_error else float(count)
+    middle, weight = value + 0.5 * z * z / trials, 1.0 + z * z / trials
+    reach = z * math.sqrt(value * (1.0 - value) / trials + 0.25 * z * z / trials**2)
+    low, high = max(0.0, (middle - reach) / weight), min(1.0, (middle + reach) / weight)
+    error = standard_error or math.sqrt(q * (1.0 - q) / (count + z * z))
+    return Distance(float(value), min(value, low), max(value, high), float(error), count)
+
+
+def _tail(level: float) -> float:
+    """The probability below the upper end."""
     if not 0 < level < 1:
         raise ValueError(f"level must lie in (0, 1), got {level}")
-    tail = 0.5 + 0.5 * level
-    reach = float(ndtri(tail) if degrees is None else stdtrit(degrees, tail)) * standard_error
-    return Distance(float(value), float(max(floor, value - reach)), float(value + reach), float(standard_error), count)
+    return 0.5 + 0.5 * level
 
 
 def mean_interval(values: Any, level: float = 0.95, *, floor: float = -math.inf, name: str = "values") -> Distance:
@@ -124,16 +162,21 @@ def jackknife(
     return interval(value, error, len(features), level, floor=floor, degrees=blocks - 1)
 
 
-def combined(distances: Sequence[Distance], level: float = 0.95) -> Distance:
+def combined(distances: Sequence[Distance], level: float = 0.95, *, share: bool = False) -> Distance:
     """The mean over K runs that differ in their seed alone.
 
     With `e_k` the runs' standard errors, that of the mean is `sqrt(sum_k e_k^2) / K`. It holds what each run knows of its
     own samples; from K = 3 on it is at least the standard deviation of the values over sqrt(K), which also holds what runs
     have in common within but not between (a student's training, say). The larger of two estimates errs on the wide side.
 
+    The ends of a mean of shares are as far from it as those of the runs are from theirs, `sqrt(sum_k (high_k - value_k)^2) / K`
+    above and likewise below (Zou & Donner 2008, doi:10.1002/sim.3095), which leaves [0, 1] never; where the values' spread says
+    more, that is taken.
+
     Args:
         distances: one for each seed, at least one.
-        level: of the interval, see `interval`.
+        level: of the interval, see `interval`; of shares also that of theirs.
+        share: whether they are shares, as `share_interval` gives them.
 
     Returns:
         The mean; `count` is the sum of the counts; `low` is not below 0 unless one of the given ones is.
@@ -144,11 +187,20 @@ def combined(distances: Sequence[Distance], level: float = 0.95) -> Distance:
     if not distances:
         raise ValueError("distances must hold at least one, got none")
     values = np.array([distance.value for distance in distances])
-    error = math.sqrt(sum(distance.standard_error**2 for distance in distances)) / len(values)
-    if len(values) >= 3:
-        error = max(error, float(values.std(ddof=1)) / math.sqrt(len(values)))
+    inside = _length([distance.standard_error for distance in distances]) / len(values)
+    between = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) >= 3 else 0.0
     floor = 0.0 if min(distance.low for distance in distances) >= 0 else -math.inf
-    return interval(float(values.mean()), error, sum(d.count for d in distances), level, floor=floor)
+    count, error = sum(distance.count for distance in distances), max(inside, between)
+    if not share:
+        return interval(float(values.mean()), error, count, level, floor=floor)
+    mean = interval(float(values.mean()), error if between > inside else 0.0, count, level, floor=0.0, ceiling=1.0)
+    below = _length([distance.value - distance.low for distance in distances]) / len(values)
+    above = _length([distance.high - distance.value for distance in distances]) / len(values)
+    return Distance(mean.value, min(mean.low, mean.value - below), max(mean.high, mean.value + above), error, count)
+
+
+def _length(parts: Sequence[float]) -> float:
+    return math.sqrt(sum(part**2 for part in parts))
 
 
 class _Without:

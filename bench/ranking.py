@@ -29,6 +29,7 @@ _EQUAL = (
     "inputs",
     "guidance",
 )  # or a mean means nothing
+_SHARES = frozenset({"precision", "recall", "coverage", "label_agreement"})  # in [0, 1]
 _QUALITIES = frozenset({"precision", "recall", "density", "coverage"})  # what the one metric "manifold" gives
 _NODES = 4096  # of the quadrature
 
@@ -290,7 +291,7 @@ def _one(group: Sequence[Row]) -> Row:
     shared = [name for name in first.get("metrics") or {} if all(_has(row, name) for row in done)]
     means: Row = {name: statistics.fmean(row[name] for row in done) for name in _costs(done)}
     if "metrics" in first:
-        means["metrics"] = {name: mean_of([row["metrics"][name] for row in done]) for name in shared}
+        means["metrics"] = {name: mean_of([row["metrics"][name] for row in done], name) for name in shared}
     return {**first, **means, **mean_of(done), "nfe": max(row["nfe"] for row in done), "seeds": len(done)}
 
 
@@ -299,21 +300,24 @@ def _costs(rows: Sequence[Row]) -> list[str]:
     return [name for name in names if all(row.get(name) is not None for row in rows)]
 
 
-def mean_of(parts: Sequence[Mapping[str, Any]]) -> Row:
-    """Value, low, high and standard error of the mean over seeds, see `intervals.combined`.
+def mean_of(parts: Sequence[Mapping[str, Any]], metric: str = "") -> Row:
+    """Value, low, high and standard error of the mean of a metric over seeds, see `intervals.combined`.
 
     Args:
         parts: with the same four, of which all but the value may be None. Where one has no standard error, what is known is
             the spread of the values, from three on.
+        metric: its name; those that are shares keep to [0, 1].
     """
     values, errors = [part["value"] for part in parts], [part.get("standard_error") for part in parts]
     if any(error is None for error in errors):
         if len(parts) < 3:
             return {"value": statistics.fmean(values), "low": None, "high": None, "standard_error": None}
         errors = [0.0] * len(parts)
-    lows = [part["value"] if part.get("low") is None else part["low"] for part in parts]
-    estimates = zip(values, lows, errors, strict=True)
-    mean = combined([Distance(value, low, value, float(error or 0.0), 1) for value, low, error in estimates])
+    estimates = [
+        Distance(part["value"], *interval(dict(part)), float(error or 0.0), 1)
+        for part, error in zip(parts, errors, strict=True)
+    ]
+    mean = combined(estimates, share=metric in _SHARES)
     return {name: getattr(mean, name) for name in ("value", "low", "high", "standard_error")}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from bench.intervals import Distance, interval, mean_interval
+from bench.intervals import Distance, interval, mean_interval, share_interval
 from bench.moments import Features, as_features, blocks, take
 
 _KID_SIZE = 1000  # of a subset, as in the paper's experiments
@@ -117,7 +117,7 @@ def inception_score(probabilities: Features, splits: int = 10, seed: int = 0, le
     sizes = np.bincount(part, minlength=splits)
     scores = np.exp(negentropy / sizes - _negentropy(totals / sizes[:, None]))
     error = float(scores.std(ddof=1)) / math.sqrt(splits)
-    return interval(float(scores.mean()), error, count, level, floor=1.0, degrees=splits - 1)
+    return interval(float(scores.mean()), error, count, level, floor=1.0, ceiling=float(classes), degrees=splits - 1)
 
 
 def manifold_metrics(
@@ -135,11 +135,12 @@ def manifold_metrics(
     - density: in how many balls of the reference a sample lies on average, over k (may exceed 1).
     - coverage: the part of the reference's balls that hold a sample.
 
-    Intervals of precision and density are those of means over samples, with the reference as it is. Recall and coverage are means
-    over the reference that depend on all samples at once: their squared standard errors are those of the mean over the reference
-    plus the jackknife's over 20 blocks of samples (see `bench.intervals.jackknife`), which errs on the wide side where a figure
-    is not smooth in the samples: measured on digits, up to 1.7 times. Precision and recall depend on the numbers
-    of samples: compare at equal ones. The cost is `N M + N^2 + M^2` distances; memory is some blocks of them.
+    Standard errors of precision and density are those of means over samples, with the reference as it is. Recall and coverage
+    are means over the reference that depend on all samples at once: their squared standard errors are those of the mean over the
+    reference plus the jackknife's over 20 blocks of samples (see `bench.intervals.jackknife`), which errs on the wide side where
+    a figure is not smooth in the samples: measured on digits, up to 1.7 times. Precision, recall and coverage are shares, and so
+    are the ends of their intervals (see `bench.intervals.share_interval`). Precision and recall depend on the numbers of samples:
+    compare at equal ones. The cost is `N M + N^2 + M^2` distances; memory is some blocks of them.
 
     Args:
         features: (N, d), finite.
@@ -173,10 +174,12 @@ def manifold_metrics(
         inside[rows] += wide.sum(axis=1)
         covered[columns] |= _by_any_but(block[rows], wide, block[-1] + 1)
         recalled[columns] |= _recalled(block[rows], squares, ours[rows])
-    figures = {"precision": precise, "density": inside / coverage_neighbours}
-    found = {name: mean_interval(values, level, floor=0.0) for name, values in figures.items()}
-    found |= {name: _over_both(of, level) for name, of in (("recall", recalled), ("coverage", covered))}
-    return {name: found[name] for name in ("precision", "recall", "density", "coverage")}
+    return {
+        "precision": _share(precise[:, None], level),
+        "recall": _share(recalled, level),
+        "density": mean_interval(inside / coverage_neighbours, level, floor=0.0),
+        "coverage": _share(covered, level),
+    }
 
 
 def _by_any_but(block: np.ndarray, inside: np.ndarray, count: int) -> np.ndarray:
@@ -220,11 +223,11 @@ def _radii_without(features: Features, centre: np.ndarray, neighbours: int, bloc
     return radii
 
 
-def _over_both(inside: np.ndarray, level: float) -> Distance:
-    """The mean over the reference of whether a row is inside, (M, 1 + B): of all samples, and without each block of them."""
-    whole, blocks_left = mean_interval(inside[:, 0], level, floor=0.0), inside.shape[1] - 1
-    spread = (blocks_left - 1) * float(np.var(inside[:, 1:].mean(axis=0)))
-    return interval(whole.value, math.sqrt(whole.standard_error**2 + spread), whole.count, level, floor=0.0)
+def _share(inside: np.ndarray, level: float) -> Distance:
+    """The share of rows that are inside, (M, 1 + B): of all samples, and without each of B blocks of them, which may be none."""
+    whole, left_out = mean_interval(inside[:, 0], level), inside.shape[1] - 1
+    spread = (left_out - 1) * float(np.var(inside[:, 1:].mean(axis=0))) if left_out else 0.0
+    return share_interval(whole.value, math.sqrt(whole.standard_error**2 + spread), whole.count, level)
 
 
 def sliced_wasserstein(

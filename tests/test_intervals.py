@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from bench.intervals import Distance, combined, interval, jackknife, mean_interval
+from bench.intervals import Distance, combined, interval, jackknife, mean_interval, share_interval
 from bench.metrics import FrechetReference, Moments, frechet_distance, frechet_interval
 
 
@@ -18,6 +18,53 @@ def test_interval_of_a_normal_and_of_a_student_error():
     reach = scipy.stats.t.ppf(0.95, 4) * 0.5
     assert (found.low, found.high) == pytest.approx((3.0 - reach, 3.0 + reach), rel=1e-12)
     assert interval(0.1, 1.0, 10, floor=0.0).low == 0.0
+    assert interval(9.9, 1.0, 10, ceiling=10.0).high == 10.0
+
+
+def share(hits: int, count: int, level: float = 0.95) -> Distance:
+    rate = hits / count
+    return share_interval(rate, math.sqrt(rate * (1 - rate) / count), count, level)
+
+
+@pytest.mark.parametrize("hits", [0, 1, 20, 39, 40])
+def test_interval_of_a_share_is_wilsons(hits):
+    found, known = share(hits, 40), scipy.stats.binomtest(hits, 40).proportion_ci(0.95, "wilson")
+    assert (found.low, found.high) == pytest.approx((known.low, known.high), abs=1e-12)
+    assert 0.0 <= found.low <= found.value <= found.high <= 1.0
+    assert found.high - found.low > 0.05
+    assert found.standard_error > 0
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.5, 0.97])
+def test_interval_of_a_share_covers_also_near_its_ends(rate):
+    """The mean over shares, which a single one's probability jumps about; by the binomial distribution, without draws."""
+    covered = []
+    for count in range(40, 140, 3):
+        found = [share(hits, count) for hits in range(count + 1)]
+        inside = np.array([d.low <= rate <= d.high for d in found])
+        covered.append(scipy.stats.binom.pmf(np.arange(count + 1), count, rate) @ inside)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.025)
+
+
+def test_interval_of_a_share_is_as_wide_as_its_standard_error_says():
+    """Of trials that come in fours: a quarter of them is independent. Far from the ends it is the normal one."""
+    once, fours = share(30, 50), share_interval(0.6, math.sqrt(0.24 / 50), 200)
+    assert (fours.low, fours.high) == pytest.approx((once.low, once.high), abs=2e-3)
+    wide = share_interval(0.5, 0.01, 10**6)
+    assert (wide.low, wide.high) == pytest.approx((0.5 - 0.0196, 0.5 + 0.0196), abs=2e-5)
+    assert share_interval(1.0, 0.02, 1000).low < share(1000, 1000).low
+
+
+def test_mean_of_shares_keeps_to_their_range():
+    same = combined([share(40, 40)] * 4, share=True)
+    assert (same.value, same.high) == (1.0, 1.0)
+    assert 1.0 - same.low == pytest.approx((1.0 - share(40, 40).low) / 2)
+    near = combined([share(39, 40), share(40, 40), share(38, 40)], share=True)
+    assert 0.8 < near.low < near.value < near.high <= 1.0
+    apart = combined([share(20, 40), share(40, 40), share(40, 40)], share=True)
+    spread = scipy.stats.norm.ppf(0.975) * scipy.stats.sem([0.5, 1.0, 1.0])
+    assert apart.low == pytest.approx(5 / 6 - spread)
+    assert apart.high == 1.0
 
 
 def test_mean_interval_is_the_textbook_one():
@@ -102,6 +149,7 @@ def test_combined_ends_at_zero_where_its_parts_do():
     ("call", "message"),
     [
         (lambda: interval(1.0, 1.0, 9, level=1.0), r"level must lie in \(0, 1\), got 1.0"),
+        (lambda: share_interval(1.2, 0.1, 9), r"value must lie in \[0, 1\], got 1.2"),
         (lambda: mean_interval(np.zeros((2, 2))), r"values must be \(N,\) real numbers, got \(2, 2\)"),
         (lambda: mean_interval([1.0]), "at least 2 samples, got 1"),
         (lambda: mean_interval([1.0, 2.0, math.nan]), "values must be finite, got NaN or Inf in sample 2"),

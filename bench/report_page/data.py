@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.floor import Floor
-from bench.intervals import REACH
+from bench.intervals import share_interval
 from bench.ranking import mean_of, overlap, tuned_here
 
 Row = dict[str, Any]
@@ -82,11 +82,11 @@ def report_data(
     }
 
 
-def combined(seeds: Sequence[Estimate]) -> Estimate:
-    """The mean over independent seeds, see `bench.ranking.mean_of`; one seed stays as it is."""
+def combined(seeds: Sequence[Estimate], metric: str = "") -> Estimate:
+    """The mean of a metric over independent seeds, see `bench.ranking.mean_of`; one seed stays as it is."""
     if len(seeds) == 1:
         return seeds[0]
-    return Estimate(**mean_of([asdict(seed) for seed in seeds]), count=len(seeds))
+    return Estimate(**mean_of([asdict(seed) for seed in seeds], metric), count=len(seeds))
 
 
 def best_set(estimates: Sequence[Estimate], higher_is_better: bool = False) -> list[str]:
@@ -158,16 +158,12 @@ def _seeds(done: Sequence[Row]) -> dict[str, list[Estimate]]:
 
 
 def _share(value: float, count: int) -> Row:
-    """The 95 % interval of a share of `count` samples: the score interval of Wilson 1927, which stays within 0..1."""
-    error = math.sqrt(value * (1 - value) / count)
-    weight, half = REACH**2 / count, REACH * math.sqrt(error**2 + (REACH / (2 * count)) ** 2)
-    middle = value + weight / 2
-    low, high = ((middle + sign * half) / (1 + weight) for sign in (-1, 1))
-    return {"value": value, "low": low, "high": high, "standard_error": error}
+    """A share of `count` samples with its 95 % interval."""
+    return asdict(share_interval(value, math.sqrt(value * (1 - value) / count), count))
 
 
 def _entry(seeds: Sequence[Estimate], row: Row, metric: str) -> dict[str, Any]:
-    whole, tuned = combined(seeds), tuned_here({**row, "metric": metric})
+    whole, tuned = combined(seeds, metric), tuned_here({**row, "metric": metric})
     return {**asdict(whole), "text": str(whole), "mark": "", "below_model": False, "tuned": tuned}
 
 
