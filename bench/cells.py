@@ -23,6 +23,7 @@ from bench.tuning import tuning_of
 from bench.zoo import BenchModel, judged, load_network
 from distill.student import nearest
 from samplers import Plan, make_plan
+from samplers.errors import BudgetError
 from samplers.grid import points_of
 from samplers.registry import get_sampler
 
@@ -48,6 +49,7 @@ class Cell:
         batch_size: the suite's, where the samples depend on it, as those of an error-controlled sampler do; else 0.
         guidance: what its model is under, as `Guidance`; None for none, or for a weight that is an input.
         solution: what identifies the many-step run that the cell is compared with; "" where it is with none.
+        too_few: whether the problem is that the sampler needs more calls than the budget has.
     """
 
     spec: Spec
@@ -64,6 +66,7 @@ class Cell:
     batch_size: int = 0
     guidance: Guidance | None = None
     solution: str = ""
+    too_few: bool = False
 
     @property
     def calls(self) -> int:
@@ -104,14 +107,20 @@ class Cell:
         return f"{name}-nfe{self.nfe}{f'-seed{self.seed}' if self.seed else ''}.png"
 
     @property
-    def absent(self) -> bool:
-        """Whether nothing went wrong, but no student was trained for this budget."""
+    def off_the_path(self) -> Cell:
+        """The same without the metrics that compare with the many-step run."""
+        metrics = tuple(name for name in self.metrics if not get_metric(name).follows_the_path)
+        return replace(self, metrics=metrics, solution="")
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no student was trained for this budget, and none is to be measured."""
         return isinstance(self.spec, StudentSpec) and not (self.trained or self.spec.untrained)
 
     @property
     def without(self) -> Row:
-        """The outcome of a cell that has a problem."""
-        return {"status": "absent" if self.absent else "failed", "reason": self.problem}
+        """The outcome of a cell that has a problem; where that is the budget, nothing went wrong."""
+        return {"status": "absent" if self.untrained or self.too_few else "failed", "reason": self.problem}
 
     @property
     def resolved(self) -> Row:
@@ -133,7 +142,7 @@ class Cell:
         """Columns of a student that its number does not depend on: where it is, and what its training took."""
         if not isinstance(self.spec, StudentSpec):
             return {}
-        if self.absent:
+        if self.untrained:
             return {"model": self.spec.student, "trained": False}
         return {"model": self.model.name, "trained": self.trained, **training_cost(self.model.info)}
 
@@ -266,7 +275,7 @@ def _sampler_cell(
         model = model if of is None else guided(model, of, plan, weaker)
         return Cell(spec, nfe, role, model, plan, inputs=inputs, guidance=of)
     except (ValueError, TypeError) as error:
-        return Cell(spec, nfe, role, model, None, str(error))
+        return Cell(spec, nfe, role, model, None, str(error), too_few=isinstance(error, BudgetError))
 
 
 def _student_cell(
@@ -285,7 +294,8 @@ def _student_cell(
             plan = make_plan(plan.sampler, student.model.schedule, nfe=nfe, grid="uniform")
         inputs = inputs_of(student, plan.nfe, guidance)
     except (ValueError, TypeError) as error:
-        return Cell(spec, nfe, "sampler", student, None, str(error), trained=trained)
+        few = isinstance(error, BudgetError)
+        return Cell(spec, nfe, "sampler", student, None, str(error), trained=trained, too_few=few)
     return Cell(spec, nfe, "sampler", student, plan, inputs=inputs, trained=trained)
 
 

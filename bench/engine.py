@@ -12,15 +12,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from bench.blocks import Blocks
 from bench.cells import Cell, Row, identity, resolve
 from bench.judging import Arrays
 from bench.measure import Advance, OutOfTimeError, Running, film, measure, sampled, shown
 from bench.plots import save_film, save_samples
+from bench.results import unknown_figure
 from bench.store import Store
 from bench.suite import Suite
 from bench.table import value_text
 from bench.zoo import BenchModel
 from samplers import SamplingError
+from samplers.errors import ToleranceError
 
 _WAIT = 1.0  # seconds between two looks at a cell that another process measures
 
@@ -76,8 +79,9 @@ class Run:
         """Measure every cell of the shard that is not yet in the folder, and return the rows of all that are known.
 
         Returns:
-            Rows in the order of the cells, the teacher's last; one that failed has `status` "failed" and a `reason`, one of a
-            student that was not trained for the budget "absent", one of another shard that is not there yet "missing".
+            Rows in the order of the cells, the teacher's last; one that failed has `status` "failed" and a `reason`, one that
+            the budget rules out "absent" (the sampler needs more calls, or no student was trained for so few), and one of
+            another shard that is not there yet "missing".
 
         Raises:
             bench.workers.WorkerLostError: another process of the run is gone; nothing that was measured is lost.
@@ -129,18 +133,18 @@ class Run:
         title = f"[{number + 1}/{len(self.cells)}] {cell.spec.label} at {cell.nfe} calls"
         title += f", seed {cell.seed}" if len(self.suite.seeds) > 1 else ""
         progress.update(task, description=title)
+        before = progress.tasks[task].completed
         with self._store.claim(made_by) if workers.leads else nullcontext(True) as mine:
             record = self._store.get(made_by) if workers.leads else None
             record, mine = workers.agreed((record, mine))
             if record is None and not mine:
                 return False
-            advance = partial(progress.advance, task)
             if record is None:
-                record = workers.agreed(self._outcome(cell, made_by, advance))
-            else:
-                advance(cell.calls * cell.num_samples)
-                if mine and workers.leads and not cell.is_solution:
-                    self._store.blocks(made_by).remove()  # of a process that was killed between record and removal
+                record = workers.agreed(self._outcome(cell, made_by, partial(progress.advance, task)))
+            elif mine and workers.leads and not cell.is_solution:
+                self._store.blocks(made_by).remove()  # of a process that was killed between record and removal
+        if not cell.problem:  # also where it took fewer calls than it might
+            progress.update(task, completed=before + cell.calls * cell.num_samples)
         found[number] = self._row(cell, record)
         if not self.console.is_terminal and workers.leads:
             self.console.print(_line(title, found[number]), highlight=False, soft_wrap=True)
@@ -150,11 +154,16 @@ class Run:
         """Measure a cell, and save it where that went well."""
         if cell.problem:
             return {**made_by, **cell.without}
+        try:
+            solution = self._solution(cell)
+        except SamplingError as error:
+            return self._off_the_path(cell, str(error), advance)
         began, blocks = time.perf_counter(), self._store.blocks(made_by)
         try:
-            outcome, arrays = measure(cell, self.running, blocks, advance, self._solution(cell))
+            outcome, arrays = measure(cell, self.running, blocks, advance, solution)
         except SamplingError as error:
-            return {**made_by, "status": "failed", "reason": str(error)}
+            status = "absent" if isinstance(error, ToleranceError) else "failed"
+            return {**made_by, "status": status, "reason": str(error)}
         finally:
             cell.model.metered.compiled.clear()  # a loop is compiled for one plan, and no other cell has it
         if not outcome:  # the leading process has it
@@ -167,11 +176,30 @@ class Run:
         figures = outcome["judging_seconds"] - blocks.total("judging_seconds")
         if not cell.is_solution:
             blocks.remove()
+        self._add_cost(began, blocks, figures)
+        self.cost["cells"] += 1
+        return record
+
+    def _add_cost(self, began: float, blocks: Blocks, figures: float = 0.0) -> None:
+        """Count the time since `began`, in which these blocks, and figures in so many seconds, were made."""
         self.cost["whole"] += time.perf_counter() - began
         self.cost["sampling"] += blocks.added.get("seconds", 0.0)  # and none of a run that was stopped
         self.cost["judging"] += blocks.added.get("judging_seconds", 0.0) + figures
-        self.cost["cells"] += 1
-        return record
+
+    def _off_the_path(self, cell: Cell, reason: str, advance: Advance) -> Row:
+        """Measure what of a cell does not compare with the many-step run.
+
+        It is kept as the cell that asks for no more, so that another run tries the rest again.
+        """
+        rest, workers = cell.off_the_path, self.running.workers
+        made_by = identity(rest, self.running.device)
+        with self._store.claim(made_by, wait=True) if workers.leads else nullcontext():
+            record = workers.agreed(self._store.get(made_by) if workers.leads else None)
+            record = record or self._outcome(rest, made_by, advance)
+        if record.get("status") != "done":
+            return record
+        lost = {metric.name: unknown_figure(reason) for metric in cell.further if metric.follows_the_path}
+        return {**record, "metrics": {**(record.get("metrics") or {}), **lost}}
 
     def _solution(self, cell: Cell) -> Arrays | None:
         """The many-step run that a cell is compared with, sampled again where its samples are no longer there.
@@ -186,10 +214,12 @@ class Run:
             made_by, leads = identity(many, self.running.device), self.running.workers.leads
             self._store.use(made_by)  # other processes leave its blocks alone
             with self._store.claim(made_by, wait=True) if leads else nullcontext():
+                began, blocks = time.perf_counter(), self._store.blocks(made_by)
                 try:
-                    self._solutions[cell.seed] = sampled(many, self.running, self._store.blocks(made_by))
+                    self._solutions[cell.seed] = sampled(many, self.running, blocks)
                 except SamplingError as error:  # not tried again for every cell
                     self._solutions[cell.seed] = error
+                self._add_cost(began, blocks)
         found = self._solutions[cell.seed]
         if isinstance(found, SamplingError):
             raise SamplingError(f"the many-step run failed: {found}")

@@ -21,6 +21,7 @@ from bench.metrics import Distance, frechet_interval
 from bench.network import Network
 from bench.overlap import Fetch, SamplingStream, pipelined
 from bench.provenance import energy_joules, peak_memory_mb, reset_peak_memory
+from bench.results import unknown_figure
 from bench.students import run_network
 from bench.suite import SamplerSpec
 from bench.workers import Workers
@@ -85,8 +86,8 @@ def measure(
         but the leading one.
 
     Raises:
-        SamplingError: the cell's samples cannot be had: the network gives NaN, the budget does not suffice, or one sample
-            does not fit into memory. What is known of the others is kept.
+        SamplingError: the cell's samples cannot be had: the network gives NaN, the budget does not suffice (a `ToleranceError`),
+            or one sample does not fit into memory. What is known of the others is kept.
         OutOfTimeError: the deadline came before the last batch.
         bench.workers.WorkerLostError: another process is gone.
     """
@@ -111,9 +112,9 @@ def sampled(
     missing = blocks.missing(cell.num_samples, running.batch_size)
     running.workers.gathered(None)  # all have looked before one of them writes
     problem = _guarded(lambda: _sample_missing(cell, running, missing, blocks, advance, solution))
-    problems = [text for text in running.workers.gathered(problem) if text]
+    problems = [error for error in running.workers.gathered(problem) if error is not None]
     if problems:
-        raise SamplingError(problems[0])
+        raise problems[0]
     if running.deadline < math.inf and running.workers.agreed(bool(blocks.missing(cell.num_samples, cell.num_samples))):
         raise OutOfTimeError("the run's time is over")
     return {name: blocks.rows(name) for name in arrays_of(cell)}
@@ -138,17 +139,19 @@ def arrays_of(cell: Cell) -> list[str]:
     return sorted(names | ({"samples"} if cell.is_solution else set()))
 
 
-def _guarded(work: Callable[[], None]) -> str:
-    """Why the work failed, where that is the sampler's outcome and not a bug; else ""."""
+def _guarded(work: Callable[[], None]) -> SamplingError | None:
+    """Why the work failed, where that is the sampler's outcome and not a bug; else None."""
     try:
         work()
-    except (SamplingError, ValueError) as error:
-        return str(error)
+    except SamplingError as error:
+        return error.with_traceback(None)
+    except ValueError as error:
+        return SamplingError(str(error))
     except (MemoryError, RuntimeError) as error:
         if not _no_memory(error):
             raise
-        return f"out of memory with a batch of one sample: {str(error).splitlines()[0]}"
-    return ""
+        return SamplingError(f"out of memory with a batch of one sample: {str(error).splitlines()[0]}")
+    return None
 
 
 def _no_memory(error: BaseException) -> bool:
@@ -380,7 +383,7 @@ def _figures(metric: Metric, arrays: Arrays, judge: Judge) -> dict[str, Row]:
     try:
         return {name: _fields(found) for name, found in metric.figures(arrays, judge).items()}
     except ValueError as error:
-        return {metric.name: {"value": None, "low": None, "high": None, "standard_error": None, "reason": str(error)}}
+        return {metric.name: unknown_figure(str(error))}
 
 
 def _fields(distance: Distance) -> dict[str, float | None]:

@@ -65,6 +65,11 @@ def read_rows(path: Path) -> list[Row]:
     return sorted(rows, key=lambda row: (row["budget"], row["label"], row["seed"]))
 
 
+def unknown_figure(reason: str) -> Row:
+    """What a row has in place of a further metric that cannot be had."""
+    return {"value": None, **dict.fromkeys(INTERVAL), REASON: reason}
+
+
 def cells_of(folder: Path) -> dict[str, Row]:
     """The finished cells of a results folder, by key.
 
@@ -115,7 +120,7 @@ def _row(line: Mapping[str, str], metrics: list[str]) -> Row:
             raise ValueError("more or fewer fields than the header")
         nest = next((nest for nest in _NESTED if name.startswith(f"{nest}_")), None)
         if name in metrics and (why := line.get(f"{name}_{REASON}")):
-            row.setdefault("metrics", {})[name] = {"value": None, **dict.fromkeys(INTERVAL), REASON: why}
+            row.setdefault("metrics", {})[name] = unknown_figure(why)
         elif name in parts or (not text and name not in _MEANT_EMPTY):
             continue
         elif name in metrics:

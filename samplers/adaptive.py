@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from samplers.errors import SamplingError
+from samplers.errors import SamplingError, ToleranceError
 from samplers.execute import Callback, Progress
 from samplers.grid import Grid
 from samplers.model import EpsModel
@@ -36,10 +36,10 @@ class Network:
         """The model's output as `kind`, in the dtype of x.
 
         Raises:
-            SamplingError: the limit is reached.
+            ToleranceError: the limit is reached.
         """
         if self.nfe is not None and self.calls >= self.nfe:
-            raise SamplingError(
+            raise ToleranceError(
                 f"{self.tolerances} needs more than nfe={self.nfe} network calls; allow more calls or a larger tolerance"
             )
         self.calls, self.t = self.calls + 1, t

@@ -17,6 +17,14 @@ class SamplingError(RuntimeError):
     """
 
 
+class ToleranceError(SamplingError):
+    """An error-controlled sampler needs more network calls than it may make to keep to its tolerance."""
+
+
+class BudgetError(ValueError):
+    """The network calls that a sampler may make are fewer than its shortest plan has."""
+
+
 def unknown(what: str, given: object, accepted: Iterable[str]) -> ValueError:
     """A `ValueError` for a name that does not exist, offering the closest names that do.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from samplers.errors import BudgetError
 from samplers.grid import Grid, Nodes, Points, from_sigmas, from_timesteps, make_grid, points_of
 from samplers.grid_points import logsnr
 from samplers.registry import Sampler
@@ -109,7 +110,7 @@ def _budgeted(
         guess = (budget + (calls - 1) * (at_noise + at_data)) // calls - extra
     size = _largest(room, least, most, guess, calls)
     if size < least:
-        raise ValueError(f"nfe must be at least {nfe - room(least)} for {entry.name!r} here, got {nfe}")
+        raise BudgetError(f"nfe must be at least {nfe - room(least)} for {entry.name!r} here, got {nfe}")
     return made(size)
 
 

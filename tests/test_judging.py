@@ -26,7 +26,7 @@ from bench.metrics import frechet_infinity
 from bench.provenance import provenance
 from bench.ranking import metrics_of
 from bench.report import write_results
-from bench.results import read_rows
+from bench.results import read_rows, unknown_figure
 from bench.suite import SamplerSpec, Suite
 from bench.table import frame, markdown
 from bench.tuning import tuning_of
@@ -253,9 +253,11 @@ def test_the_provenance_of_digits_names_averaging_split_and_rounding() -> None:
     assert json.dumps(made)
 
 
-def test_a_failed_solution_costs_the_cells_that_are_compared_with_it(
+def test_a_failed_solution_costs_what_is_compared_with_it_and_no_more(
     gmm: BenchModel, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    suite, quiet = SUITE.changed(seeds=[0]), Console(quiet=True)
+    whole = run_suite(suite, gmm, tmp_path / "whole", "cpu", quiet)
     real = bench_measure.run_network
 
     def fails(model: Any, plan: Any, *args: Any, **options: Any) -> torch.Tensor:
@@ -263,11 +265,27 @@ def test_a_failed_solution_costs_the_cells_that_are_compared_with_it(
             raise bench_measure.SamplingError("NaN or Inf in step 7")
         return real(model, plan, *args, **options)
 
-    monkeypatch.setattr(bench_measure, "run_network", fails)
-    found = run_suite(SUITE.changed(seeds=[0]), gmm, tmp_path, "cpu", Console(quiet=True))
-    assert {row["label"]: row["status"] for row in found} == {"ddpm": "done", "ddim": "failed", "heun": "failed"}
-    reasons = {row["label"]: row["reason"] for row in found if row["status"] == "failed"}
-    assert reasons == {"ddim": "the many-step run failed: NaN or Inf in step 7", "heun": "NaN or Inf in step 7"}
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_measure, "run_network", fails)
+        found = run_suite(suite, gmm, tmp_path / "run", "cpu", quiet)
+    assert {row["label"]: row["status"] for row in found} == {"ddpm": "done", "ddim": "done", "heun": "failed"}
+    assert found[2]["reason"] == "NaN or Inf in step 7"
+    why = "the many-step run failed: NaN or Inf in step 7"
+    ddim = {
+        label: next(row for row in rows if row["label"] == "ddim") for label, rows in (("was", whole), ("is", found))
+    }
+    for name in ("value", "low", "high"):
+        assert ddim["is"][name] == ddim["was"][name]
+    lost = {"rmse", "psnr", "feature_error"}
+    for name, figure in ddim["was"]["metrics"].items():
+        assert ddim["is"]["metrics"][name] == (unknown_figure(why) if name in lost else figure)
+    assert f"rmse not known of ddim at 4: {why}." in markdown(found, (), "t")
+    again = run_suite(
+        suite, gmm, tmp_path / "run", "cpu", quiet
+    )  # tries the many-step run, and what it takes, once more
+    assert [(row["value"], row.get("metrics")) for row in again] == [
+        (row["value"], row.get("metrics")) for row in whole
+    ]
 
 
 def test_an_unknown_metric_offers_the_closest() -> None:
