@@ -30,7 +30,8 @@ COLUMNS = {
     "solution": "key of the many-step run that the row is compared with",
     "integrators": "versions of what chooses the steps of an error-controlled sampler",
     "hashes_<part>": "of the judge's extractor, reference and reference samples",
-    "status": "`done`, `failed`, `absent` (no student was trained for the budget) or `missing` (left to another shard)",
+    "status": "`done`, `failed`, `absent` (the sampler needs more calls than the budget, or no student was trained for it) or "
+    "`missing` (left to another shard)",
     "reason": "why it is not done",
     "nfe": "network calls that a sample took",
     "evaluations": "of the network for a sample, of which guidance may make two at a call",

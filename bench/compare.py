@@ -195,7 +195,10 @@ def diff_notes(found: Comparison, a: str, b: str) -> list[str]:
         lines.append("Distances of other counts, extractors or references do not compare: their bias differs.")
     for name, rows in ((a, found.only_a), (b, found.only_b)):
         if rows:
-            cells = ", ".join(f"{row['label']} at {row['budget']}" for row in rows)
+            budgets: dict[str, list[str]] = {}
+            for row in rows:
+                budgets.setdefault(row["label"], []).append(str(row["budget"]))
+            cells = "; ".join(f"{label} at {', '.join(at)}" for label, at in budgets.items())
             lines.append(f"Measured in {name} only: {cells}.")
     return lines
 

@@ -29,6 +29,8 @@ def dry_run(run: Run) -> Table:
         f"suite {run.suite.name}: model {model.name}, {model.dtype} on {device}, {run.suite.num_samples} samples a cell"
     )
     table = Table(title=f"{title}, {model.judge.metric}", show_footer=True)
+    table.caption = "Minutes: of network calls and features, from a few of each on one batch."
+    table.caption_justify = "left"
     for name in ("row", "grid"):
         table.add_column(name)
     for name in ("budget", "NFE", "seed"):
@@ -49,7 +51,7 @@ def dry_run(run: Run) -> Table:
             judging = seconds_of_judging(model, run.running.batch_size) if judging is None else judging
             minutes = (speed[cell.model.hash] * _evaluations(cell) + judging) * cell.num_samples / 60.0
             total += minutes
-            outcome = f"{minutes:.1f}"
+            outcome = f"{minutes:.1f}" if minutes >= 0.05 else "< 0.1"
         table.add_row(*_columns(cell, made_by), outcome)
     table.columns[0].footer, table.columns[-1].footer = f"{len(run.cells)} cells", f"{total:.1f}"
     return table

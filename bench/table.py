@@ -254,7 +254,8 @@ def notes(
         lines.append(f"{best}: the best of a column; {tied}: its 95 % interval overlaps the best one's, a tie.")
     lines += _own(shown.rows)
     lines += [floor_text(floor) + "." for floor in floors]
-    return [*lines, *_fewer(shown.rows), *_marked(shown), *_guidance(shown.rows), *_unmeasured(rows), *_reasons(rows)]
+    lines += [*_fewer(shown.rows), *_marked(shown), *_guidance(shown.rows), *_shared(rows)]
+    return [*lines, *_unmeasured(rows), *_reasons(rows)]
 
 
 def floor_text(floor: Floor) -> str:
@@ -321,14 +322,24 @@ def _guidance(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _shared(rows: Sequence[Row]) -> list[str]:
+    """What the speed of rows is not, where they shared the first call."""
+    text = (
+        "Cells shared the answer to their first call: it counts among the calls of each, but its time is that of the first of "
+        "them alone, so that images/s of the others are too high."
+    )
+    return [text] if any(row.get("shared_first_call") for row in rows) else []
+
+
 def _unmeasured(rows: Sequence[Row]) -> list[str]:
-    """Absent and missing cells by reason, and every failure."""
-    absent: dict[tuple[str, str], list[int]] = {}
+    """Absent and missing cells of each label, with the reason at the largest budget, and every failure."""
+    absent: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
         if row["status"] not in ("done", "failed"):
-            absent.setdefault((row["label"], row["reason"]), []).append(row["budget"])
+            absent.setdefault((row["label"], row["status"]), {})[row["budget"]] = row["reason"]
     lines = [
-        f"Not measured: {who} at {', '.join(map(str, dict.fromkeys(at)))}; {why}." for (who, why), at in absent.items()
+        f"Not measured: {who} at {', '.join(map(str, sorted(why)))}; {why[max(why)]}."
+        for (who, _), why in absent.items()
     ]
     failed = [row for row in rows if row["status"] == "failed"]
     several = len({row.get("seed") for row in rows}) > 1

@@ -78,7 +78,7 @@ def test_what_else_differs_and_what_one_folder_lacks_is_told() -> None:
     lines = diff_notes(found, "A", "B")
     assert "num_samples differs in 1 of 1 cells: 100 -> 200." in lines
     assert "Distances of other counts, extractors or references do not compare: their bias differs." in lines
-    assert "Measured in A only: b at 4, t at 50." in lines
+    assert "Measured in A only: b at 4; t at 50." in lines
     assert "Measured in B only: c at 4." in lines
 
 

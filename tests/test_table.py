@@ -86,6 +86,17 @@ def test_a_cell_of_another_shard_is_told_of() -> None:
     assert "- Not measured: b at 4; left to another shard." in text
 
 
+def test_shared_calls_and_ruled_out_budgets_are_noted_once() -> None:
+    few = [
+        {**row("b", n, 0.0), "status": "absent", "reason": f"needs more than nfe={n} network calls"}
+        for n in (4, 10, 20)
+    ]
+    text = markdown([row("a", 4, 1.0, shared_first_call=True), *few], (), "t")
+    assert "- Not measured: b at 4, 10, 20; needs more than nfe=20 network calls." in text
+    assert text.count("Cells shared the answer to their first call") == 1
+    assert "shared the answer" not in markdown([row("a", 4, 1.0)], (), "t")
+
+
 def test_costs_have_the_columns_that_rows_have() -> None:
     plain = markdown(ROWS, (), "t")
     assert "| sampler | budget | calls | images/s | ms/image | peak memory (MB) |" in plain
