@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,14 @@ from samplers.execute import COMPILE
 if TYPE_CHECKING:
     import pandas as pd
 
+_LISTS = ("nfe", "seeds", "metrics")  # of a suite
+
 
 def run(
     suite: str | Path | Suite,
     out: str | Path | None = None,
     *,
-    samplers: Sequence[str] = (),
+    samplers: str | Sequence[str] = (),
     device: str = "cpu",
     dtype: str = "auto",
     compile: str | None = None,
@@ -46,7 +49,7 @@ def run(
     Args:
         suite: a shipped suite's name, a YAML file, or a `bench.suite.Suite`.
         out: results folder; by default results/SUITE-SAMPLES. A suite of several models has a folder in it for each.
-        samplers: labels of the suite or registered names; by default all of the suite.
+        samplers: labels of the suite or registered names, or one; by default all of the suite.
         device: of torch.
         dtype: "auto", "fp32", "bf16" or, on an accelerator, "fp16", the network's.
         compile: None, "loop" or "graph", as in `samplers.run_plan`.
@@ -55,7 +58,8 @@ def run(
         overlap: whether a CUDA device samples the next batch while one is judged; images a second are then a lower bound, and
             peak memory is that of both.
         quiet: whether nothing is printed.
-        **changes: fields of the suite that are replaced, such as nfe=[5, 10] or num_samples=1000.
+        **changes: fields of the suite that are replaced, such as nfe=[5, 10] or num_samples=1000; of nfe, seeds and metrics one
+            value stands for a list of it.
 
     Returns:
         A row for each cell and seed with the columns of table.csv, which `bench.columns.COLUMNS` describes one by one: what
@@ -68,9 +72,11 @@ def run(
         distill.checkpoint.CheckpointError: a model that cannot be used.
     """
     suite = suite if isinstance(suite, Suite) else load_suite(str(suite))
+    names = [samplers] if isinstance(samplers, str) else samplers
+    changes |= {name: [changes[name]] for name in _LISTS if isinstance(changes.get(name), str | Integral)}
     workers, rows = Workers(), []
     try:
-        for one, folder in each_model(suite.changed(samplers, **changes), out):
+        for one, folder in each_model(suite.changed(names, **changes), out):
             prepared = prepare(
                 one,
                 folder,

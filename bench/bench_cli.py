@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bench.command import integers_in, names_in, plain_errors, resumable, wide_console
+from bench.command import FAILED, TIME_OVER, integers_in, names_in, plain_errors, resumable, wide_console
 
 
 @click.command()
@@ -56,7 +56,7 @@ from bench.command import integers_in, names_in, plain_errors, resumable, wide_c
 @click.option(
     "--minutes",
     type=click.FloatRange(min=0, min_open=True),
-    help="After which no batch is begun, and the run stops; the same command goes on.",
+    help=f"After which no batch is begun, and the run stops with exit code {TIME_OVER}; the same command goes on.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Show the cells, their network calls and estimated minutes; measure nothing."
@@ -88,6 +88,9 @@ def bench(
 
     A run that was stopped goes on where it stopped: type the same command again. Several processes may work on one results
     folder at once, each on cells of its own; under torchrun or accelerate launch they divide the samples of each cell.
+
+    Exit code 0: all was measured that the budgets allow; 1: a cell failed, or the run did, and where it could the table was
+    written all the same; 2: a mistake in the command; 75: --minutes are over; 130: Ctrl-C.
     """
     from bench.suite import load_suite
 
@@ -105,29 +108,34 @@ def bench(
     loaded = load_suite(suite)
     rows = [*_own_row(model or loaded.model), *_students(students)]
     chosen = [] if samplers is None else names_in("--samplers", samplers)
-    _run(loaded.changed(chosen, rows, **changes), dry_run=dry_run, shard=_shard(shard), **how)
+    code = _run(loaded.changed(chosen, rows, **changes), dry_run=dry_run, shard=_shard(shard), **how)
+    if code:
+        raise SystemExit(code)
 
 
-def _run(suite: Any, *, dry_run: bool, out: Path | None, minutes: float | None, **how: Any) -> None:
-    """Run the suite on each of its models, or show what that would be."""
+def _run(suite: Any, *, dry_run: bool, out: Path | None, minutes: float | None, **how: Any) -> int:
+    """Run the suite on each of its models, or show what that would be; returns the exit code."""
     import time
 
     from bench.api import each_model, prepare
     from bench.workers import WorkerLostError, Workers
 
-    began, workers = time.monotonic(), Workers()
+    began, workers, code = time.monotonic(), Workers(), 0
     try:
         for one, folder in each_model(suite, out):
             left = None if minutes is None else minutes - (time.monotonic() - began) / 60.0
             run = prepare(one, folder, console=wide_console(), workers=workers, minutes=left, **how)
             if dry_run:
                 _show(run)
-            elif not _measure(run):
-                break
+            elif (ended := _measure(run)) == TIME_OVER:
+                return ended
+            else:
+                code = max(code, ended)
     except WorkerLostError as error:
         raise click.ClickException(str(error)) from error
     finally:
         workers.close()
+    return code
 
 
 def _show(run: Any) -> None:
@@ -136,8 +144,11 @@ def _show(run: Any) -> None:
     run.console.print(dry_run(run))
 
 
-def _measure(run: Any) -> bool:
-    """Run the suite, then write and print what came out; on Ctrl-C say how to go on. Whether there was time for all of it."""
+def _measure(run: Any) -> int:
+    """Run the suite, then write and print what came out; on Ctrl-C say how to go on.
+
+    Returns the exit code, which of several processes the leading one has alone: a launcher ends the others when one fails.
+    """
     import torch
 
     from bench.measure import OutOfTimeError
@@ -159,12 +170,12 @@ def _measure(run: Any) -> bool:
             say(
                 f"stopped, as its time is over; finished batches are kept in {folder}, and the same command goes on from there"
             )
-            return False
+            return TIME_OVER if workers.leads else 0
         except OSError as error:  # a full disk, a folder that may not be written
             went_on = f"what was finished before is kept in {folder}, and the same command goes on from there"
             raise click.ClickException(f"{error}; {went_on}") from error
     if not workers.leads:
-        return True
+        return 0
     if run.overhead is not None:
         say(f"engine: {100 * run.overhead:.1f} % beside sampling and judging")
     missing = sum(row["status"] == "missing" for row in rows)
@@ -176,11 +187,14 @@ def _measure(run: Any) -> bool:
         there = [row for row in rows if row["status"] != "missing"]
         if there:
             write_results(suite, model, folder, device, there, run.record)
-        return True
-    title = write_results(suite, model, folder, device, rows, run.record)
-    run.console.print(terminal(rows, model.judge.floors(suite.num_samples), title, suite.note))
-    say(f"table, plot and pictures: {folder}")
-    return True
+    else:
+        title = write_results(suite, model, folder, device, rows, run.record)
+        run.console.print(terminal(rows, model.judge.floors(suite.num_samples), title, suite.note))
+        say(f"table, plot and pictures: {folder}")
+    failed = sum(row["status"] == "failed" for row in rows)
+    if failed:
+        say(f"{failed} of {len(rows)} cells failed, for the reasons in the table; the same command tries them again")
+    return FAILED if failed else 0
 
 
 def _judge(extractor: str | None, reference: str | None) -> dict[str, str] | None:

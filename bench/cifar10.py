@@ -1,8 +1,8 @@
 """CIFAR-10 from its images to a table of samplers and students: `python -m bench.cifar10 --data FOLDER --out runs/cifar10`.
 
 Four stages, of which the two that train go on from their last checkpoint; with `--minutes` a call trains about so long and then
-stops, and the same command goes on from there until it says that all is done. The judge takes a minute or two on an
-accelerator and is made in one go, and so is the table, whose finished cells are kept.
+stops with exit code 75, and the same command goes on from there until it says that all is done. The judge takes a minute or two
+on an accelerator and is made in one go, and so is the table, whose finished cells are kept.
 
     judge     a classifier of the training images, and the statistics of its features
     teacher   distill/configs/cifar10.yaml
@@ -26,7 +26,7 @@ from rich.console import Console
 
 from bench.build_assets import build_samples, build_statistics, describe
 from bench.classifier_training import ClassifierTraining, train_classifier
-from bench.command import checked_device, plain_errors, resumable
+from bench.command import TIME_OVER, checked_device, plain_errors, resumable
 from bench.data import ImageData, load_images
 from bench.engine import run_suite
 from bench.evaluate import evaluator
@@ -201,7 +201,11 @@ def run(work: Work) -> str:
     "--data", required=True, type=click.Path(path_type=Path), help="Folder with train.parquet and test.parquet."
 )
 @click.option("--out", default=Path("runs/cifar10"), show_default=True, type=click.Path(path_type=Path))
-@click.option("--minutes", type=click.FloatRange(min=0), help="After which to save and stop; by default never.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0),
+    help=f"After which to save and stop, with exit code {TIME_OVER}; by default never.",
+)
 @click.option("--device", type=click.Choice(["cpu", "auto"]), default="auto", show_default=True)
 @click.option("--teacher", default="cifar10", show_default=True, help="Training run of the model.")
 @click.option("--students", default="cifar10-progressive", show_default=True, help="Training run of the students.")
@@ -246,6 +250,8 @@ def main(
         if stopped
         else f"all done: {out / 'results'}"
     )
+    if stopped:
+        raise SystemExit(TIME_OVER)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, a checked device, and how a stopped run says that it can go on."""
+"""What the commands share: exit codes, errors in one line, a checked device, and how a stopped run says that it can go on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+FAILED = 1  # some of what was asked could not be had
+TIME_OVER = 75  # of `--minutes`: the same command goes on; EX_TEMPFAIL of sysexits.h
 _INTERRUPTED = 130
 _WIDE = 200  # columns
 

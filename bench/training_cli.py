@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bench.command import plain_errors, resumable
+from bench.command import TIME_OVER, plain_errors, resumable
 
 _ROOT = Path(__file__).parent.parent
 _PATH = click.Path(path_type=Path)
@@ -34,7 +34,7 @@ _OPTIONS = (
     click.option(
         "--minutes",
         type=click.FloatRange(min=0),
-        help="After which to save and stop, at the next row of the log; by default never.",
+        help=f"After which to save and stop, at the next row of the log, with exit code {TIME_OVER}; by default never.",
     ),
     click.option("--plan-only", is_flag=True, help="Show phases, steps and estimated minutes; train nothing."),
 )
@@ -136,6 +136,7 @@ def _train(
     click.echo(json.dumps(trainer.log[-1]))
     if trainer.step < trainer.steps:
         click.echo(f"stopped at step {trainer.step} of {trainer.steps}; the same command goes on from there")
+        raise SystemExit(TIME_OVER)
 
 
 def _show_plan(method: Any, device: str) -> None:

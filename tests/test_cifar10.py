@@ -64,7 +64,7 @@ def call(folder: Path, *options: str) -> str:
     given = ["--data", folder, "--out", folder / "run", "--device", "cpu", "--epochs", "1"]
     given += [word for name in ("teacher", "students", "suite") for word in (f"--{name}", folder / f"{name}.yaml")]
     result = CliRunner().invoke(cifar10.main, [*map(str, given), *options])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == (0 if "all done" in result.output else 75), result.output
     return result.output
 
 

@@ -249,6 +249,8 @@ def test_an_evaluation_leaves_the_weights_alone(tmp_path: Path) -> None:
 def test_a_run_given_no_time_stops_after_a_row_and_goes_on(data: Path, tmp_path: Path) -> None:
     config = write(tmp_path / "run.yaml", method="teacher", network=TINY, images=24, **RUN)
     command = ("train", config, "--data", data, "--out", tmp_path / "out", "--evaluate-samples", 0, "--minutes", 0)
-    ends = [run(*command).output.splitlines()[-1] for _ in range(3)]
+    pieces = [run(*command) for _ in range(3)]
+    assert [piece.exit_code for piece in pieces] == [75, 75, 0]
+    ends = [piece.output.splitlines()[-1] for piece in pieces]
     assert ends[:2] == [f"stopped at step {n} of 3; the same command goes on from there" for n in (1, 2)]
     assert json.loads(ends[2])["step"] == 3
