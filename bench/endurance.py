@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,9 @@ def _begun(folder: Path, blocks: int, processes: int = 1) -> Iterator[subprocess
     # a shell that starts a job in the background has it ignore SIGINT, and its children inherit that
     pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(_command(folder, processes=processes), **pipes)
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _PATIENCE  # pathlib's glob fails where a folder goes away meanwhile
     while process.poll() is None and time.monotonic() < deadline:
-        if len(list(folder.glob("work/*/*.npz"))) + 12 * len(list(folder.glob("cells/*.json"))) >= blocks:
+        if len(glob(f"{folder}/work/*/*.npz")) + 12 * len(glob(f"{folder}/cells/*.json")) >= blocks:
             break
         time.sleep(0.002)
     try:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -387,7 +388,7 @@ def process(arguments: list[str], ranks: int = 1, launcher: list[str] = TORCHRUN
 
 def wait_for_batches(out: Path, count: int) -> None:
     deadline = time.monotonic() + 120
-    while len(list(out.glob("work/*/*.npz"))) < count and time.monotonic() < deadline:
+    while len(glob(f"{out}/work/*/*.npz")) < count and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
