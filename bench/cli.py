@@ -79,11 +79,11 @@ def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -
     from rich.console import Console
     from rich.progress import track
 
-    from bench.speed import METHODS, SHAPES, end_to_end, measure
+    from bench.speed import SHAPES, end_to_end, measure, methods
     from bench.speed_report import write_speed
     from samplers.errors import unknown
 
-    known = [method.sampler for method in METHODS]
+    known = [method.sampler for method in methods()]
     chosen = known if samplers is None else names_in("--samplers", samplers)
     for name in chosen:
         if name not in known:
@@ -91,9 +91,9 @@ def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -
     device, console = checked_device(device), Console()
     part = ("-part" if samplers else "") + ("" if device == "cpu" else f"-{device.split(':')[0]}")
     folder = out or Path(f"results/speed{part}")
-    methods = [method for method in METHODS if method.sampler in chosen]
-    cells = measure(methods, SHAPES, device, seconds)
-    rows = list(track(cells, "speed", total=len(SHAPES) * len(methods), console=console))
+    timed = [method for method in methods() if method.sampler in chosen]
+    cells = measure(timed, SHAPES, device, seconds)
+    rows = list(track(cells, "speed", total=len(SHAPES) * len(timed), console=console))
     write_speed(rows, (), folder, device)  # kept whatever becomes of the rest
     console.print(write_speed(rows, list(end_to_end(device=device, seconds=seconds)), folder, device), soft_wrap=True)
     console.print(f"table and plot: {folder}", highlight=False, soft_wrap=True)

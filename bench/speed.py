@@ -7,6 +7,8 @@ because the clock of a shared machine drifts. Stochastic methods draw their nois
 
 from __future__ import annotations
 
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from samplers import EpsModel, Plan, make_plan, run_plan, schedules
+from samplers import EpsModel, Plan, list_samplers, make_plan, run_plan, schedules
 from samplers.program import Call, Program, Sum
 
 SHAPES = ((1, 4, 8, 8), (64, 3, 32, 32), (16, 4, 128, 128))
@@ -27,12 +29,16 @@ SCHEDULE = schedules.from_betas(_BETAS)
 
 
 class Method(NamedTuple):
-    """A sampler of ours and the scheduler of diffusers that implements the same method."""
+    """A sampler of ours and the scheduler of diffusers that implements the same method, "" where none does."""
 
     sampler: str
     options: dict[str, Any]
     scheduler: str
     settings: dict[str, Any]
+
+    def plan(self) -> Plan:
+        """Ours, as it is timed."""
+        return make_plan(self.sampler, SCHEDULE, steps=STEPS, grid="linspace", **self.options)
 
 
 def _multistep(**settings: Any) -> tuple[str, dict[str, Any]]:
@@ -65,15 +71,28 @@ METHODS = (
 )
 
 
+@functools.cache
+def methods() -> tuple[Method, ...]:
+    """`METHODS`, and for the memory floor every other registered sampler that is deterministic with one call a step."""
+    compared = {method.sampler for method in METHODS}
+    others = (Method(s.name, {}, "", {}) for s in list_samplers() if not s.adaptive and s.name not in compared)
+    return (*METHODS, *(method for method in others if _one_call(method.plan())))
+
+
+def _one_call(plan: Plan) -> bool:
+    return not plan.stochastic and plan.nfe <= plan.steps + 1
+
+
 @dataclass(frozen=True)
 class Row:
     """One method at one shape; times in microseconds for each network call, medians, with half the interquartile range.
 
     Attributes:
-        sampler, scheduler: the two sides.
+        sampler, scheduler: the two sides; scheduler is "" where diffusers has no such method.
         shape: of the state.
         ours, ours_spread: of `run_plan`, everything in it included.
-        theirs, theirs_spread: of diffusers' loop over `step` and `scale_model_input`, `set_timesteps` not included.
+        theirs, theirs_spread: of diffusers' loop over `step` and `scale_model_input`, `set_timesteps` not included; NaN where
+            there is none.
         ratio: theirs / ours.
         floor: the bytes our plan must move over the bandwidth of a copy that cycles over as many buffers as the plan does, for
             as many bytes, and in turn with both sides.
@@ -97,7 +116,7 @@ class Row:
 
 
 def measure(
-    methods: Sequence[Method] = METHODS,
+    chosen: Sequence[Method],
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     device: str = "cpu",
     seconds: float = 1.0,
@@ -105,19 +124,19 @@ def measure(
     """Measure every method at every shape.
 
     Args:
-        methods: of `METHODS`.
+        chosen: of `methods()`.
         shapes: of states.
         device: of torch.
         seconds: of timing for each method and shape, both sides together.
     """
     for shape in shapes:
-        for method in methods:
+        for method in chosen:
             yield _row(method, shape, torch.device(device), seconds)
 
 
 def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: float) -> Row:
     x_T = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    plan = make_plan(method.sampler, SCHEDULE, steps=STEPS, grid="linspace", **method.options)
+    plan = method.plan()
     alive, registers = held(_program(plan))
     # no more outputs than are alive at a time, as a real network's allocator would give out the same memory again
     outputs = _cycle([torch.randn(shape).to(device) for _ in range(alive)])
@@ -127,24 +146,21 @@ def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: 
     def noise(k: int, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=device)
 
-    scheduler = _scheduler(method, device)
-    calls = len(scheduler.timesteps)
-    takes_generator = "generator" in scheduler.step.__code__.co_varnames
-    extra = {"generator": generator} if takes_generator else {}
-
     @torch.no_grad()
     def theirs() -> float:
-        again, x = _scheduler(method, device), x_T
-        return _timed(device, lambda: _follow(again, x, outputs, extra))
+        scheduler = _scheduler(method, device)
+        extra = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
+        return _timed(device, lambda: _follow(scheduler, x_T, outputs, extra))
 
     def ours() -> float:
         return _timed(device, lambda: run_plan(plan, model, x_T, noise_source=noise))
 
     moved = bytes_moved(plan, x_T.numel() * x_T.element_size())
     copies, copied = _copies(x_T, registers + 1, moved)
-    mine, other, copying = _alternate([ours, theirs, copies], seconds)
+    mine, *other, copying = _alternate([ours, *([theirs] if method.scheduler else []), copies], seconds)
     loop_floor = statistics.median(copying) * moved / copied / plan.nfe
-    (a, a_spread), (b, b_spread) = _centre(mine, plan.nfe), _centre(other, calls)
+    a, a_spread = _centre(mine, plan.nfe)
+    b, b_spread = _centre(other[0], len(_scheduler(method, device).timesteps)) if other else (math.nan, math.nan)
     return Row(
         method.sampler,
         method.scheduler,
@@ -154,7 +170,7 @@ def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: 
         loop_floor,
         a / loop_floor,
         registers,
-        not plan.stochastic and plan.nfe <= plan.steps + 1,
+        _one_call(plan),
     )
 
 

@@ -1,4 +1,7 @@
-"""Write what `fewstep speed` measured: table.csv, table.md, end_to_end.csv, speed.png, provenance.json."""
+"""Write what `fewstep speed` measured: table.csv, table.md, end_to_end.csv, speed.png, provenance.json.
+
+The plot is of the methods that diffusers has.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,9 @@ def write_speed(rows: Sequence[Row], whole: Sequence[EndToEnd], out: Path, devic
     title = f"# Cost of a sampler's own arithmetic, {machine(device)['device']}\n\n"
     notes = (
         f"Microseconds for each network call of a {STEPS}-step run on a null network, float32, medians with half the "
-        "interquartile range. `theirs`: diffusers' scheduler of the same method. `floor`: the bytes our plan must move over the "
-        "bandwidth of a copy that cycles over as many buffers as the plan does.\n\n"
+        "interquartile range. `theirs`: diffusers' scheduler of the same method, empty where it has none. `floor`: the bytes our "
+        "plan must move over the bandwidth of a copy that cycles over as many buffers as the plan does. Every registered sampler "
+        "that is deterministic with one call a step is held against it.\n\n"
     )
     write_text(out / "table.csv", frame.to_csv(index=False))
     write_text(out / "table.md", title + summary + "\n\n" + notes + _markdown(frame[columns]))
@@ -45,7 +49,9 @@ def write_speed(rows: Sequence[Row], whole: Sequence[EndToEnd], out: Path, devic
         ends = pd.DataFrame([as_dict(row) for row in whole])
         write_text(out / "end_to_end.csv", ends.to_csv(index=False))
     write_text(out / "provenance.json", json.dumps({"steps": STEPS, **machine(device)}, indent=1) + "\n")
-    _plot(rows, out / "speed.png")
+    compared = [row for row in rows if row.scheduler]
+    if compared:
+        _plot(compared, out / "speed.png")
     return summary
 
 
@@ -59,24 +65,31 @@ def summarise(rows: Sequence[Row]) -> str:
     lines = []
     for shape in dict.fromkeys(row.shape for row in rows):
         mine = [row for row in rows if row.shape == shape]
-        mean = statistics.geometric_mean(row.ratio for row in mine)
-        least = min(mine, key=lambda row: row.ratio)
-        line = f"{shape}: diffusers / ours {mean:.1f} (mean of {len(mine)}), least {least.ratio:.2f} ({least.sampler})"
-        unipc = [row.ratio for row in mine if row.sampler.startswith("unipc")]
-        if unipc:
-            line += f", UniPC {min(unipc):.1f}"
+        parts = [_against_diffusers([row for row in mine if row.scheduler])]
         single = [row for row in mine if row.one_call]
         if single:
             worst = max(single, key=lambda row: row.over_floor)
-            line += f"\n  over the memory floor, {len(single)} one-call methods: at most {worst.over_floor:.2f} ({worst.sampler})"
-        lines.append("- " + line)
+            parts.append(
+                f"over the memory floor, {len(single)} one-call methods: at most {worst.over_floor:.2f} ({worst.sampler})"
+            )
+        lines.append(f"- {shape}: " + "\n  ".join(filter(None, parts)))
     return "\n".join(lines)
+
+
+def _against_diffusers(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    mean, least = statistics.geometric_mean(row.ratio for row in rows), min(rows, key=lambda row: row.ratio)
+    line = f"diffusers / ours {mean:.1f} (mean of {len(rows)}), least {least.ratio:.2f} ({least.sampler})"
+    unipc = [row.ratio for row in rows if row.sampler.startswith("unipc")]
+    return line + (f", UniPC {min(unipc):.1f}" if unipc else "")
 
 
 def _markdown(frame: pd.DataFrame) -> str:
     head = "| " + " | ".join(frame.columns) + " |\n|" + "---|" * len(frame.columns) + "\n"
     cells = (
-        " | ".join(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row) for row in frame.itertuples(index=False)
+        " | ".join("" if pd.isna(v) else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row)
+        for row in frame.itertuples(index=False)
     )
     return head + "".join(f"| {row} |\n" for row in cells)
 

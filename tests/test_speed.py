@@ -14,7 +14,7 @@ from bench import speed
 from bench.cli import main
 from distill import network
 from distill.network import PatchUNet
-from samplers import EpsModel, make_plan, run_plan
+from samplers import EpsModel, list_samplers, make_plan, run_plan
 from samplers.registry import SAMPLERS
 
 
@@ -24,6 +24,16 @@ def test_every_method_exists_on_both_sides():
     for method in speed.METHODS:
         SAMPLERS[method.sampler].check_options(method.options)
         assert hasattr(diffusers, method.scheduler)
+
+
+def test_every_one_call_deterministic_sampler_is_held_against_the_floor():
+    one_call = {s.name for s in list_samplers() if not s.adaptive and s.calls == 1 and s.stochastic == "no"}
+    timed = speed.methods()
+    alone = [method.sampler for method in timed if not method.scheduler]
+    assert timed[: len(speed.METHODS)] == speed.METHODS
+    assert {method.sampler for method in timed} - {"pndm"} >= one_call - {"pndm"}
+    assert set(alone) == one_call - {method.sampler for method in speed.METHODS}
+    assert len(alone) == len(set(alone)) == 21
 
 
 def test_bytes_of_known_plans():
@@ -63,7 +73,7 @@ def test_what_known_plans_cycle_over():
     assert held("dpmpp-2m") == (1, 4)  # the state, two conversions and the output
 
 
-@pytest.mark.parametrize("method", speed.METHODS, ids=lambda m: m.sampler)
+@pytest.mark.parametrize("method", speed.methods(), ids=lambda m: m.sampler)
 def test_the_null_network_repeats_no_output_that_is_alive(method):
     """Were two of them one tensor, the executor would take it for a network that writes over its output, and copy."""
     plan = make_plan(method.sampler, speed.SCHEDULE, steps=speed.STEPS, grid="linspace", **method.options)
@@ -104,14 +114,22 @@ def test_command_writes_its_files(tmp_path, monkeypatch):
     small = PatchUNet(widths=(16,))
     monkeypatch.setattr(network, "PatchUNet", lambda: small)
     out = tmp_path / "speed"
-    done = CliRunner().invoke(main, ["speed", "--samplers", "ddim,unipc-3,ddpm", "--seconds", "0", "--out", str(out)])
+    done = CliRunner().invoke(
+        main, ["speed", "--samplers", "ddim,unipc-3,ddpm,eab-2", "--seconds", "0", "--out", str(out)]
+    )
     assert done.exit_code == 0, done.output
     assert "UniPC" in done.output
     table = pd.read_csv(out / "table.csv")
-    assert table["sampler"].tolist() == ["ddpm", "ddim", "unipc-3"]
-    assert (table[["ours", "theirs", "ratio", "floor", "over_floor"]] > 0).all().all()
-    assert table["one_call"].tolist() == [False, True, True]
-    assert (out / "table.md").read_text().startswith("# Cost of a sampler's own arithmetic")
+    assert table["sampler"].tolist() == ["ddpm", "ddim", "unipc-3", "eab-2"]
+    assert (table[["ours", "floor", "over_floor"]] > 0).all().all()
+    assert (table[["theirs", "ratio"]] > 0).all(axis=1).tolist() == [True, True, True, False]
+    assert table["theirs"].isna().tolist() == [False, False, False, True]
+    assert table["one_call"].tolist() == [False, True, True, True]
+    page = (out / "table.md").read_text()
+    assert page.startswith("# Cost of a sampler's own arithmetic")
+    assert "(mean of 3)" in page
+    assert "3 one-call methods" in page
+    assert "nan" not in page
     assert (out / "speed.png").stat().st_size > 1000
     assert pd.read_csv(out / "end_to_end.csv")["efficiency"].gt(0).all()
     assert json.loads((out / "provenance.json").read_text())["threads"] >= 1
