@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import Any
 
+from bench.certify.gaussian import stochastic_orders
 from bench.certify.order import local_order
-from bench.certify.settings import Options, text
+from bench.certify.settings import Options
 from samplers import Plan
 from samplers.program import Evaluate, Instruction
 from samplers.registry import Sampler
 
 Row = dict[str, Any]
+SOUND = ("pass", "start-up")
+_STEPS = (320, 640)  # of a doubling; a fault of 1 % stands out in a few steps
 
 
-def planted(plan: Plan, factor: float = 1.01) -> Plan:
-    """The plan with the last coefficient at the end of every step multiplied."""
+def planted(plan: Plan, factor: float = 1.01, noise: bool = False) -> Plan:
+    """The plan with one coefficient at the end of every step multiplied.
+
+    Args:
+        plan: whose.
+        factor: on the coefficient.
+        noise: of the last noise in the sum; else of the last other term, a network output or what was made of one.
+    """
 
     def faulty(step: Instruction) -> Instruction:
         if isinstance(step, Evaluate) or step.node is None:
             return step
-        *terms, (value, coefficient) = step.terms
-        return step._replace(terms=(*terms, (value, factor * coefficient)))
+        terms = list(step.terms)
+        at = max((i for i, (name, _) in enumerate(terms) if (name[0] == "z") == noise), default=None)
+        if at is not None:
+            terms[at] = (terms[at][0], factor * terms[at][1])
+        return step._replace(terms=tuple(terms))
 
     return replace(plan, instructions=tuple(map(faulty, plan.instructions)))
 
 
 def fault_row(entry: Sampler, options: Options, schedule: str) -> Row:
     """The slope of one step's error, sound and with the fault; "noticed" where the certificate passes and then fails."""
-    sound, faulty = local_order(entry, options, schedule), local_order(entry, options, schedule, planted)
-    noticed = sound["status"] == "pass" and faulty["status"] == "fail"
-    row: Row = {"sampler": entry.name, "setting": text(options), "schedule": schedule, "stated": sound["stated"]}
-    row |= {"slope": sound["slope"], "slope_with_fault": faulty["slope"]}
+    return _noticed(
+        local_order(entry, options, schedule), local_order(entry, options, schedule, planted), "an output's"
+    )
+
+
+def stochastic_fault_rows(entry: Sampler, options: Options, schedule: str, grid: str) -> Iterator[Row]:
+    """The slope of the mean, sound and with a fault in an output's coefficient; that of the variance, with one in a noise's.
+
+    A path is further off at these steps than a fault of 1 % takes it, so that the strong order is not asked.
+    """
+    orders = partial(stochastic_orders, entry, options, schedule, grid, steps=_STEPS)
+    sound, by_output, by_noise = orders(), orders(change=planted), orders(change=partial(planted, noise=True))
+    for row, output, noise in islice(zip(sound, by_output, by_noise, strict=True), 2):
+        which, faulty = ("an output's", output) if row["kind"].startswith("weak, mean") else ("a noise's", noise)
+        if row["status"] in SOUND and row["note"] != "exact":
+            yield _noticed(row, faulty, which)
+
+
+def _noticed(sound: Row, faulty: Row, which: str) -> Row:
+    noticed = sound["status"] in SOUND and faulty["status"] == "fail"
+    row = {name: sound[name] for name in ("sampler", "setting", "kind", "schedule", "stated")} | {"coefficient": which}
+    row |= {"slope": _settled(sound), "slope_with_fault": faulty["slope"]}
     return row | {"status": "pass" if noticed else "fail", "note": "noticed" if noticed else "not noticed"}
+
+
+def _settled(row: Row) -> float:
+    return float(row["slope_exact_start"] if row["status"] == "start-up" else row["slope"])

@@ -1,21 +1,22 @@
 """Certificates of weak and strong order for stochastic samplers, on a one-dimensional Gaussian, without sampling.
 
 For data N(m, s^2) epsilon is affine in the state, so a plan's result is affine in its start and its noises. Mean and variance of
-the result follow exactly, and so does its mean-square distance to the solution of the reverse SDE driven by the same Brownian
-path, or to the result of half as many steps.
+the result follow exactly, and so does its mean-square distance to the solution of the reverse SDE of the same amount of noise
+driven by the same Brownian path, or to the result of half as many steps.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench.certify.order import SCHEDULES, TOLERANCE
-from bench.certify.settings import GROWING, Options, known_weak, stated_weak, text
+from bench.certify.order import EXACT_START, SCHEDULES, START_UP, TOLERANCE
+from bench.certify.problem import run_from
+from bench.certify.settings import GROWING, Options, known_weak, noise_rate, stated_weak, text
 from samplers import Plan, make_plan
 from samplers.program import START, Combine, Evaluate, Instruction
 from samplers.registry import Sampler
@@ -82,33 +83,53 @@ def variance_error(plan: Plan, schedule: Schedule) -> float:
     return abs(moments(plan, schedule)[1] - (alpha**2 * STD**2 + sigma**2))
 
 
-def strong_error(plan: Plan, schedule: Schedule) -> float:
-    """Root mean square distance to the solution of the reverse SDE on the same Brownian path.
+def mean_error(plan: Plan, schedule: Schedule, rate: float, exact_start: int = 0) -> float:
+    """Error of the mean given a start, as a multiple of the start's distance from the mean of the data.
 
-    In lam the reverse SDE is `dx = (..) dlam + sqrt(2) sigma dW` (Lu et al. 2022, arXiv:2211.01095, section 4.1), and the
-    noise of a step is `z = integral e^lam dW`, normalised. On a Gaussian with `v = alpha^2 s^2 + sigma^2` a deviation from
-    the mean grows from s to t by `(alpha_s / alpha_t) (v_t / v_s)`.
+    Args:
+        plan: of a sampler of the SDE of this rate, `settings.noise_rate`.
+        schedule: of the plan.
+        rate: of the SDE.
+        exact_start: the states at nodes 1 .. exact_start are exact, which removes what the low orders of a start-up cost.
+    """
+    lam = schedule.lam(np.array(plan.times))
+    exact = 1.0 / _growth(schedule, lam, lam[0], rate)
+    states = exact[: exact_start + 1].tolist()
+    result = run_from(plan, states, lambda x, alpha, sigma: x * sigma / (alpha**2 * STD**2 + sigma**2))
+    return abs(float(result) - float(exact[-1]))
+
+
+def strong_error(plan: Plan, schedule: Schedule, rate: float = 1.0) -> float:
+    """Root mean square distance to the solution of the reverse SDE of a rate on the same Brownian path.
+
+    In lam the reverse SDE is `dx = (..) dlam + sqrt(2 rate) sigma dW` (Lu et al. 2022, arXiv:2211.01095, section 4.1, where
+    the rate is 1), and the noise of a step is `z = integral e^(rate lam) dW`, normalised.
     """
     lam = schedule.lam(np.array(_noise_times(plan)))
     half, middle = 0.5 * np.diff(lam)[:, None], 0.5 * (lam[1:] + lam[:-1])[:, None]
     at = middle + half * _POINTS
-    response = _growth(schedule, at, lam[-1]) * math.sqrt(2.0) * schedule.sigma(schedule.t_of_lam(at))
+    response = _growth(schedule, at, lam[-1], rate) * math.sqrt(2.0 * rate) * schedule.sigma(schedule.t_of_lam(at))
     weight = half * _WEIGHTS
-    shape = np.exp(at - lam[1:, None]) / np.sqrt(-0.5 * np.expm1(-4.0 * half))
-    result, grown = affine(plan), float(_growth(schedule, lam[:1], lam[-1])[0])
+    shape = np.exp(rate * (at - lam[1:, None])) / np.sqrt(-0.5 / rate * np.expm1(-4.0 * rate * half))
+    result, grown = affine(plan), float(_growth(schedule, lam[:1], lam[-1], rate)[0])
     noises = (weight * (response - result.noises[:, None] * shape) ** 2).sum()
     alpha, sigma = float(schedule.alpha(plan.times[0])), float(schedule.sigma(plan.times[0]))
     return math.sqrt(noises + (result.state - grown) ** 2 * (alpha**2 * STD**2 + sigma**2))
 
 
-def _growth(schedule: Schedule, lam: np.ndarray, end: float) -> np.ndarray:
+def _growth(schedule: Schedule, lam: np.ndarray, end: float, rate: float) -> np.ndarray:
+    """What a deviation from the mean is multiplied by from `lam` to `end`.
+
+    On a Gaussian with `v = alpha^2 s^2 + sigma^2` it is `alpha (v / alpha^2)^((1 + rate) / 2)` there over the same here.
+    """
+
     def levels(at: Any) -> tuple[Any, Any]:
         t = schedule.t_of_lam(at)
         alpha = schedule.alpha(t)
         return alpha, alpha**2 * STD**2 + schedule.sigma(t) ** 2
 
     (alpha, v), (alpha_end, v_end) = levels(lam), levels(end)
-    return alpha / alpha_end * v_end / v
+    return alpha_end / alpha * (v_end / alpha_end**2 * (alpha**2 / v)) ** (0.5 * (1.0 + rate))
 
 
 def _noise_times(plan: Plan) -> list[float]:
@@ -119,8 +140,8 @@ def _noise_times(plan: Plan) -> list[float]:
     return list(plan.times) if plan.noises == plan.steps else [*(call.t for call in plan.calls), plan.times[-1]]
 
 
-def no_strong_order(plan: Plan, schedule: Schedule) -> str:
-    """Why a plan has no strong order that can be measured here; empty where it has one."""
+def no_strong_order(plan: Plan, schedule: Schedule, rate: float = 1.0) -> str:
+    """Why a plan has no strong order to the SDE of a rate that can be measured here; empty where it has one."""
     first, done = [], 0
     for step in plan.instructions:
         if isinstance(step, Combine) and step.node is not None:
@@ -131,7 +152,7 @@ def no_strong_order(plan: Plan, schedule: Schedule) -> str:
     if plan.noises not in (plan.steps, len(plan.calls)) or done != each or not all(first):
         return "neither a noise for each step nor for each call"
     lam, sigma = schedule.lam(np.array(plan.times)), schedule.sigma(np.array(plan.times[1:]))
-    ratio = np.array(first) / (sigma * np.sqrt(-np.expm1(-2.0 * np.diff(lam))))
+    ratio = np.array(first) / (sigma * np.sqrt(-np.expm1(-2.0 * rate * np.diff(lam))))
     if abs(float(np.median(ratio)) - 1.0) > 0.1:
         return f"another SDE than the reverse one: its noise is {ratio.min():.2f} to {ratio.max():.2f} times as much"
     return ""
@@ -153,46 +174,84 @@ def own_strong_error(coarse: Plan, fine: Plan, schedule: Schedule) -> float:
     return math.sqrt(noises + (a.state - b.state) ** 2 * (alpha**2 * STD**2 + sigma**2))
 
 
-def stochastic_orders(entry: Sampler, options: Options, schedule: str, grid: str) -> Iterator[Row]:
+def stochastic_orders(
+    entry: Sampler,
+    options: Options,
+    schedule: str,
+    grid: str,
+    change: Callable[[Plan], Plan] = lambda plan: plan,
+    steps: Sequence[int] = STEPS,
+) -> Iterator[Row]:
     """Rows for the order of the mean given a start, of the variance, and of the path.
 
-    The mean given a start is that of a run from the log-SNR -1, where the start is not yet forgotten; its order is that of
-    its convergence to its own limit, which needs no exact solution and so holds for every SDE. The order of the path is that
-    of its convergence to the reverse SDE; where the plan solves another one, to its own limit, from the log-SNR -1. An option
-    that is a function of schedule and nodes, such as those of `GROWING`, is called with them.
+    The mean given a start is that of a run from the log-SNR -1, where the start is not yet forgotten. Where its order is not
+    the stated one, it is measured again with exact means over the first 1/32 of the run; if that gives the stated one, the
+    row's status is "start-up", and both slopes are given. Mean and path are held against the SDE that the setting asks for; of
+    a sampler that solves another one, against their own limit, the path from the log-SNR -1. A slope of variance or path that
+    is not the stated one, but is from the log-SNR -1 on, where the first steps of a grid are not long, is a finding.
+
+    Args:
+        entry, schedule, grid: what to measure.
+        options: its options; one that is a function of schedule and nodes, such as those of `GROWING`, is called with them.
+        change: applied to every plan, to plant a fault.
+        steps: the finer counts of the doublings to try.
     """
-    where = SCHEDULES[schedule]
+    where, rate = SCHEDULES[schedule], noise_rate(entry, options)
     extra: Options = {"lower_order_final": False} if "lower_order_final" in entry.options else {}
 
     @functools.cache
     def plan_of(n: int, late: bool = False) -> Plan:
         nodes = _late_nodes(where, grid, n) if late else np.array(make_plan("ddim", where, steps=n, grid=grid).times)
         given = {k: v(where, nodes) if v in GROWING.values() else v for k, v in options.items()}
-        return make_plan(entry.name, where, timesteps=nodes, **given, **extra)
+        return change(make_plan(entry.name, where, timesteps=nodes, **given, **extra))
 
-    def mean_change(n: int) -> float:
-        return abs(affine(plan_of(n, True)).state - affine(plan_of(n // 2, True)).state)
+    def of_mean(n: int, exact_start: int = 0) -> float:
+        if rate is None:
+            return abs(affine(plan_of(n, True)).state - affine(plan_of(n // 2, True)).state)
+        return mean_error(plan_of(n, True), where, rate, exact_start)
 
-    def path_change(n: int) -> float:
-        return own_strong_error(plan_of(n // 2, True), plan_of(n, True), where)
+    def of_variance(n: int, late: bool = False) -> float:
+        return variance_error(plan_of(n, late), where)
 
-    target = stated_weak(entry, options)
+    def of_path(n: int, late: bool = False) -> float:
+        if other:
+            return own_strong_error(plan_of(n // 2, True), plan_of(n, True), where)
+        return strong_error(plan_of(n, late), where, rate or 1.0)
+
+    target, other = stated_weak(entry, options), no_strong_order(plan_of(steps[0]), where, rate or 1.0)
     head: Row = {"sampler": entry.name, "setting": text(options), "schedule": schedule, "grid": grid}
-    head |= {"lower_order_final": False, "note": target.reason}
-    reason = no_strong_order(plan_of(STEPS[0]), where)
-    strong = path_change if reason else lambda n: strong_error(plan_of(n), where)
-    for kind, error_of, order in (
-        ("weak, mean given a start", mean_change, target.mean),
-        ("weak, variance", lambda n: variance_error(plan_of(n), where), target.variance),
-        ("strong", strong, target.strong),
-    ):
-        known = known_weak(entry, options, kind, grid)
-        row = head | {"kind": kind} | _measured(error_of, order, known)
-        if kind == "strong" and reason and order is not None:
-            row["note"] = "; ".join(
-                filter(None, (row["note"], f"{reason}: measured to its own limit on the same noises"))
-            )
+    head |= {"lower_order_final": False, "slope_exact_start": math.nan, "note": target.reason}
+    mean = head | {"kind": "weak, mean given a start"} | _measured(of_mean, target.mean, steps)
+    if mean["status"] == "fail" and rate is not None:
+        mean |= _exact_start(lambda n: of_mean(n, n // EXACT_START), target.mean, steps, target.reason)
+    yield mean
+    for kind, of, order in (("weak, variance", of_variance, target.variance), ("strong", of_path, target.strong)):
+        row = head | {"kind": kind} | _measured(of, order, steps, known_weak(entry, options, kind, grid))
+        if row["status"] == "fail":
+            row |= _late(functools.partial(of, late=True), order, steps, target.reason)
+        if kind == "strong" and other and order is not None:
+            row["note"] = _joined(row["note"], f"{other}: measured to its own limit on the same noises")
         yield row
+
+
+def _late(error_of: Callable[[int], float], order: float | None, steps: Sequence[int], reason: str) -> Row:
+    """What is known of a slope of variance or path from noise to data that is not the stated one."""
+    late = _measured(error_of, order, steps)
+    if late["status"] != "pass":
+        return {}
+    note = f"not settled from noise to data; from the log-SNR -1 on {late['slope']:.2f} at {late['steps_used']} steps"
+    return {"status": "finding", "note": _joined(reason, note)}
+
+
+def _exact_start(error_of: Callable[[int], float], order: float | None, steps: Sequence[int], reason: str) -> Row:
+    """What is known of a slope of the mean that is not the stated one."""
+    exact = _measured(error_of, order, steps)
+    row: Row = {"slope_exact_start": exact["slope"]}
+    return row | ({"status": "start-up", "note": _joined(reason, START_UP)} if exact["status"] == "pass" else {})
+
+
+def _joined(*reasons: str) -> str:
+    return "; ".join(filter(None, reasons))
 
 
 def _late_nodes(schedule: Schedule, grid: str, n: int) -> np.ndarray:
@@ -203,18 +262,24 @@ def _late_nodes(schedule: Schedule, grid: str, n: int) -> np.ndarray:
     return np.linspace(start**0.5, schedule.t_min**0.5, n + 1) ** 2
 
 
-def _measured(error_of: Callable[[int], float], order: float | None, known: str = "") -> Row:
+def _measured(
+    error_of: Callable[[int], float], order: float | None, steps: Sequence[int] = STEPS, known: str = ""
+) -> Row:
     """The slope of the first doubling that is within the tolerance of the stated one; else of the last, and a failure.
 
     Args:
         error_of: the error in n steps.
         order: the stated one; None where there is none, which is a status of its own, with the first slope for the record.
+        steps: the finer counts of the doublings, the first of which are taken while the error is above rounding.
         known: the reason for a slope above the stated one, which is then a finding, on the first doubling.
     """
-    for fine in STEPS:
+    row: Row = {}
+    for fine in steps:
         error = error_of(fine)
-        row: Row = {"stated": math.nan if order is None else order, "steps_used": f"{fine // 2}-{fine}", "error": error}
         exact = error < _EXACT
+        if exact and row:
+            break
+        row = {"stated": math.nan if order is None else order, "steps_used": f"{fine // 2}-{fine}", "error": error}
         slope = math.inf if exact else math.log2(error_of(fine // 2) / error)
         if order is None:
             return row | {"slope": slope, "deviation": math.nan, "status": "not an order"}

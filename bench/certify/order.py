@@ -21,7 +21,8 @@ TOLERANCE = 0.2
 SCHEDULES: dict[str, Schedule] = {s.name: s for s in (schedules.vp_linear(), schedules.cosine(), schedules.edm())}
 GRIDS = ("logsnr", "quadratic")  # they refine everywhere as the steps get more
 STEPS = (1280, 640, 320, 160, 80, 40, 20)
-_EXACT_START = 32
+EXACT_START = 32  # the part of the nodes, one over this, at which a start is exact
+START_UP = f"start-up of lower order, gone with exact states over the first 1/{EXACT_START}"
 _LOWERED = 2  # the order of the error that a last step of first order leaves
 _LAST_STEP = "the last step is of first order, and its error of second order in its length"
 _HIDES = f"{_LAST_STEP}; it is that (slope_of_lowering) and the rest of the error, which falls faster, still exceeds it"
@@ -89,7 +90,7 @@ def global_orders(
         return make_plan(entry.name, where, steps=n, grid=grid, **options, **extra)
 
     def error_of(n: int, lowered: bool = False, exact: bool = False) -> float:
-        return problem(schedule).error(plan_of(n, lowered), n // _EXACT_START if exact else 0)
+        return problem(schedule).error(plan_of(n, lowered), n // EXACT_START if exact else 0)
 
     measured = slope(error_of, steps, target)
     row = _global(entry, options, schedule, grid, measured, target, reason)
@@ -139,11 +140,10 @@ def _explained(
     """What is known of a slope that is not the stated one."""
     row: Row = {"slope_exact_start": exact.value}
     known = known_slope(entry, options, schedule, grid)
-    start = f"start-up of lower order, gone with exact states over the first 1/{_EXACT_START}"
     if _within(exact.value, target):
-        status, why = "start-up", start
+        status, why = "start-up", START_UP
     elif known and exact.value > target:
-        status, why = "finding", f"{start}; then {known}" if measured < target else known
+        status, why = "finding", f"{START_UP}; then {known}" if measured < target else known
     else:
         return row
     return row | {"status": status, "note": "; ".join(filter(None, (reason, why)))}

@@ -204,7 +204,9 @@ def _plan(case: Case, made: Any, double: bool) -> Plan:
         times = made.timesteps.numpy()
         if len(getattr(made, "prk_timesteps", ())):  # four calls for each Runge-Kutta step
             times = np.concatenate([made.prk_timesteps[::4], made.plms_timesteps])
-        sigmas = [*SCHEDULE.sigma_bar(times.astype(np.float64)).tolist(), 0.0]
+        sigmas = SCHEDULE.sigma_bar(times.astype(np.float64)).tolist()
+        end = math.sqrt(1.0 / float(getattr(made, "final_alpha_cumprod", 1.0)) - 1.0)
+        sigmas.append(0.0 if math.isclose(end, sigmas[-1], rel_tol=_SINGLE_ERROR) else end)
     if hasattr(made, "order_list"):  # a group of calls of order 1, 2, .. is one step
         orders = [*made.order_list, 1]
         sigmas = [s for s, order in zip(sigmas, orders, strict=True) if order == 1]

@@ -44,19 +44,16 @@ def cases() -> list[Case]:
     return [case for family in families for case in family()]
 
 
+_STRIDE = "node: they take the previous time to be t - T/N, which is not the next node of this spacing"
+
+
 def _first_order() -> Iterator[Case]:
     for spacing, steps in product(("leading", "trailing"), (1, 5, 50)):
         yield Case("DDIMScheduler", {"clip_sample": False, "timestep_spacing": spacing}, "ddim", steps=steps)
     for variance, steps in product(("fixed_small", "fixed_large"), (10, 100)):
         theirs: Options = {"clip_sample": False, "timestep_spacing": "leading", "variance_type": variance}
         yield Case("DDPMScheduler", theirs, "ddpm", {"variance": variance}, steps)
-    yield Case(
-        "DDIMScheduler",
-        {"clip_sample": False, "timestep_spacing": "linspace"},
-        "ddim",
-        first_step=1,
-        cause="node: they take the previous time to be t - T/N, which is not the next node of this spacing",
-    )
+    yield Case("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "linspace"}, "ddim", cause=_STRIDE)
 
 
 def _kdiffusion() -> Iterator[Case]:
@@ -120,25 +117,26 @@ def _unipc() -> Iterator[Case]:
             yield Case("UniPCMultistepScheduler", settings, f"unipc-{order}", ours, first_step=-1, cause=cause)
 
 
+_ADAMS = "final step: they keep Adams-Bashforth 4 in the step to sigma = 0, which is first order here"
+_NOWHERE = (
+    "final step: theirs has no length, as the level of training step 0 is their end and the last node of this spacing; ours goes "
+    "to sigma = 0"
+)
+_PLMS = "start: they spend a second call on the first step and average (PLMS); iPNDM takes one call for each step"
+
+
 def _linear_multistep() -> Iterator[Case]:
-    yield Case(
-        "PNDMScheduler",
-        {"timestep_spacing": "leading"},
-        "pndm",
-        {},
-        20,
-        first_step=-1,
-        cause="final step: they keep Adams-Bashforth 4 in the step to sigma = 0, which is first order here",
-    )
-    yield Case(
-        "PNDMScheduler",
-        {"timestep_spacing": "leading", "skip_prk_steps": True},
-        "ipndm-4",
-        {},
-        20,
-        more_calls=1,
-        cause="start: they spend a second call on the first step and average (PLMS); iPNDM takes one call for each step",
-    )
+    for spacing, to_one in product(("leading", "trailing", "linspace"), (False, True)):
+        theirs: Options = {"timestep_spacing": spacing, "set_alpha_to_one": to_one}
+        if spacing == "linspace":
+            yield Case("PNDMScheduler", theirs, "pndm", {}, 20, cause=_STRIDE)
+        else:
+            cause = _ADAMS if to_one else _NOWHERE if spacing == "leading" else ""
+            yield Case("PNDMScheduler", theirs, "pndm", {}, 20, first_step=-1, cause=cause)
+    for spacing in ("leading", "trailing", "linspace"):
+        theirs = {"timestep_spacing": spacing, "skip_prk_steps": True}
+        cause = f"{_STRIDE}; {_PLMS}" if spacing == "linspace" else _PLMS
+        yield Case("PNDMScheduler", theirs, "ipndm-4", {}, 20, more_calls=1, cause=cause)
 
 
 _SIGN = (
