@@ -137,7 +137,7 @@ def plan_for(
 
 
 def document(plan: Plan, schedule: Schedule) -> dict[str, Any]:
-    """A plan's JSON document with two more fields, which `Plan.from_json` passes over.
+    """A plan's JSON document with two more fields, which `Plan.from_json` makes no plan of.
 
     `sigmas`, every node, the end included, as schedulers take them: sigma / alpha, or sigma itself where the model is a flow.
     `timesteps`, the nodes but for the end, in the schedule's own time: training steps of a discrete model.

@@ -14,6 +14,11 @@ import numpy as np
 from samplers.program import START, Combine, Evaluate, Instruction, Program, lower
 
 FORMAT, VERSION = "fewstep-plan", 1
+_HEAD = ("format", "version", "sampler", "prediction", "sigma_T", "times", "instructions")
+_LISTS = (
+    "sigmas",
+    "timesteps",
+)  # nodes for programs that take their own; a file may have them, and no plan is made of them
 KINDS = ("eps", "x0")
 _LARGEST = sys.float_info.max
 
@@ -35,8 +40,9 @@ class Plan:
 
     Raises:
         PlanError: an unknown prediction or kind, a sigma_T that is negative or not finite, times that do not decrease, a name
-            used before it exists or defined twice, a noise that is evaluated, a sum that uses a name twice, noises that are not
-            z0, z1, ... in order of first use, a coefficient that is not finite, no result.
+            used before it exists or defined twice, a noise that is evaluated, an alpha or sigma of a call below 0 or both 0, a
+            sum that uses a name twice, noises that are not z0, z1, ... in order of first use, a coefficient that is not finite,
+            no result.
     """
 
     instructions: tuple[Instruction, ...]
@@ -68,6 +74,8 @@ class Plan:
             # one sum is quicker than a look at each, and only ever too careful
             if not math.isfinite(sum(numbers)) and not all(map(math.isfinite, numbers)):
                 raise PlanError(f"instructions[{i}]: not finite: {step}")
+            if isinstance(step, Evaluate):
+                _check_level(step, f"instructions[{i}]")
             distinct = set(used)
             if not known.issuperset(distinct):
                 for name in used:
@@ -201,19 +209,27 @@ class Plan:
     def from_json(text: str) -> Plan:
         """The plan that `to_json` wrote.
 
+        Beside the plan's own fields a file may have the lists "sigmas" and "timesteps" that `fewstep export` writes.
+
         Raises:
-            PlanError: not JSON, another format or version, or a malformed field, named by its path.
+            TypeError: not a text.
+            PlanError: not JSON, another format or version, or a malformed, missing or unknown field, named by its path.
         """
+        if not isinstance(text, (str, bytes)):
+            raise TypeError(f"text must be the JSON of a plan, got {type(text).__name__}")
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"not JSON: {error}") from error
         head = _Reader(document, "")
-        if head.get("format", str) != FORMAT or head.get("version", int) != VERSION:
-            raise PlanError(
-                f"format: expected {FORMAT!r} version {VERSION}, got {document['format']!r} version {document['version']!r}"
-            )
-        times = tuple(_number(value, f"times[{i}]") for i, value in enumerate(head.get("times", list)))
+        head.choice("format", (FORMAT,))
+        if (version := head.get("version", int)) != VERSION:
+            raise PlanError(f"version: must be {VERSION}, got {version}; this code reads version {VERSION}")
+        head.only(*_HEAD, *_LISTS)
+        for name in _LISTS:
+            if name in document:
+                head.numbers(name)
+        times = head.numbers("times")
         steps = tuple(
             _instruction(_Reader(item, f"instructions[{i}]")) for i, item in enumerate(head.get("instructions", list))
         )
@@ -226,6 +242,15 @@ def _converted(step: Evaluate, state: np.ndarray, output: np.ndarray) -> np.ndar
     if own == 0:
         raise ValueError(f"the plan takes {step.kind} at t={step.t:g}, where it does not follow from the other kind")
     return (state - other * output) / own
+
+
+def _check_level(call: Evaluate, path: str) -> None:
+    """Raise PlanError where no state `alpha x0 + sigma eps` can be at a call."""
+    for name, value in (("alpha", call.alpha), ("sigma", call.sigma)):
+        if value < 0:
+            raise PlanError(f"{path}.{name}: must be at least 0, got {value!r}")
+    if call.alpha == call.sigma == 0:
+        raise PlanError(f"{path}.sigma: must be above 0 where alpha is 0, got {call.sigma!r}")
 
 
 class _Reader:
@@ -254,6 +279,9 @@ class _Reader:
 
     def number(self, name: str) -> float:
         return _number(self.get(name, object), self.at(name))
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        return tuple(_number(value, f"{self.at(name)}[{i}]") for i, value in enumerate(self.get(name, list)))
 
     def choice(self, name: str, accepted: tuple[str, ...]) -> str:
         value = self.get(name, str)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import samplers
 from samplers import Plan, PlanError, list_samplers, make_plan, schedules
 from samplers.program import Combine, Evaluate
 
@@ -50,6 +53,9 @@ X1 = Combine("x1", (("x_T", 0.5), ("o0", 0.25)), 1)
         ((Combine("x1", (("x_T", 1.0), ("x_T", 1.0))),), r"\[0\]: must use at least one name, and each once"),
         ((Combine("x1", (("x_T", 1.0),), 2),), r"instructions\[0\].node: must be 1 to 1, got 2"),
         ((Combine("x1", (("x_T", 1.0),), 0),), r"instructions\[0\].node: must be 1 to 1, got 0"),
+        ((evaluate(alpha=-0.6), X1), r"^instructions\[0\].alpha: must be at least 0, got -0.6"),
+        ((evaluate(sigma=-0.8), X1), r"^instructions\[0\].sigma: must be at least 0, got -0.8"),
+        ((evaluate(alpha=0.0, sigma=0.0), X1), r"^instructions\[0\].sigma: must be above 0 where alpha is 0, got 0.0"),
         ((evaluate(kind="epsilon"), X1), r"instructions\[0\].kind: must be one of \('eps', 'x0'\), got 'epsilon'"),
         (
             (Combine("x1", (("x_T", 1.0), ("z0", 1.0))), evaluate(src="z0"), Combine("x2", (("o0", 1.0),))),
@@ -140,9 +146,9 @@ def test_json_says_what_it_is():
     }
 
 
-def edited(path, value):
-    """The JSON of a small plan with the field at `path` replaced, or removed where value is `...`."""
-    document = json.loads(build(evaluate(), X1).to_json())
+def edited(path, value, plan=None):
+    """The JSON of a plan, by default a small one, with the field at `path` replaced, or removed where value is `...`."""
+    document = json.loads((plan or build(evaluate(), X1)).to_json())
     item = document
     for key in path[:-1]:
         item = item[key]
@@ -156,10 +162,14 @@ def edited(path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format"], "other", r"format: expected 'fewstep-plan' version 1, got 'other' version 1"),
-        (["version"], 2, r"format: expected .* version 2"),
+        (["format"], "other", r"^format: must be one of \('fewstep-plan',\), got 'other'"),
+        (["format"], True, "^format: must be str, got True"),
+        (["version"], 2, "^version: must be 1, got 2"),
         (["version"], True, "version: must be int, got True"),
         (["version"], ..., "version: missing"),
+        (["sigmaT"], 1.0, r"^sigmaT: unknown field; accepted: format, version, .* instructions, sigmas, timesteps"),
+        (["sigmas"], 3.0, "^sigmas: must be list, got 3.0"),
+        (["timesteps"], [1.0, "0"], r"^timesteps\[1\]: must be a finite number, got '0'"),
         (["times"], {}, "times: must be list"),
         (["times", 1], "a", r"times\[1\]: must be a finite number, got 'a'"),
         (["times", 0], 10**400, r"times\[0\]: must be a finite number"),
@@ -172,6 +182,8 @@ def edited(path, value):
         (["instructions", 0, "op"], "goto", r"instructions\[0\].op: must be one of"),
         (["instructions", 0, "alpha"], math.nan, r"instructions\[0\].alpha: must be a finite number, got nan"),
         (["instructions", 0, "t"], math.inf, r"instructions\[0\].t: must be a finite number, got inf"),
+        (["instructions", 0, "alpha"], -0.6, r"^instructions\[0\].alpha: must be at least 0, got -0.6"),
+        (["instructions", 0, "sigma"], -1, r"^instructions\[0\].sigma: must be at least 0, got -1.0"),
         (["instructions", 0, "src"], 1, r"instructions\[0\].src: must be str"),
         (["instructions", 0, "kind"], "v", r"instructions\[0\].kind: must be one of"),
         (["instructions", 1, "dst"], ..., r"instructions\[1\].dst: missing"),
@@ -187,6 +199,55 @@ def edited(path, value):
 def test_malformed_files_name_the_field(path, value, message):
     with pytest.raises(PlanError, match=message):
         Plan.from_json(edited(path, value))
+
+
+def places(value, path=()):
+    """The paths of a JSON value and of all values in it."""
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield from places(item, (*path, key))
+
+
+WRONG = (None, "x", "", "x_T", "z0", -1, 0, 1.5, True, False, [], [1.0], {}, math.nan, math.inf, 10**400)
+WHOLE = make_plan("dpmpp-sde", VP, steps=2, grid="logsnr", final="zero")
+PLACES = [place for place in places(json.loads(WHOLE.to_json())) if place]
+SCHEMA = json.loads((Path(samplers.__file__).parent / "plan.schema.json").read_text())
+
+
+def read(text):
+    """The plan, or the refusal."""
+    try:
+        return Plan.from_json(text)
+    except PlanError as error:
+        return error
+
+
+def names(error, path):
+    """Whether a refusal names the field at `path`; of an instruction also one that comes to grief by it further on."""
+    head, _, number = re.match(r"(\w+)(\[(\d+)\])?", str(error)).groups()
+    return head == path[0] and (head != "instructions" or number is None or path[1:] == () or int(number) >= path[1])
+
+
+@pytest.mark.parametrize("path", PLACES, ids=lambda path: ".".join(map(str, path)))
+def test_whatever_stands_in_a_field_it_is_named_or_makes_a_plan(path):
+    jsonschema = pytest.importorskip("jsonschema")
+    for value in (*WRONG, ...) if isinstance(path[-1], str) else WRONG:
+        text = edited(path, value, WHOLE)
+        plan = read(text)
+        if isinstance(plan, PlanError):
+            assert names(plan, path), (value, plan)
+            continue
+        jsonschema.validate(json.loads(text), SCHEMA)
+        assert Plan.from_json(plan.to_json()) == plan
+        assert plan.program((False,) * plan.nfe).code
+        assert plan.matrix().shape == (plan.nfe + 1, 1 + plan.nfe + plan.noises)
+
+
+@pytest.mark.parametrize("text", [None, 5, {}, ["x"]])
+def test_what_is_no_text(text):
+    with pytest.raises(TypeError, match="text must be the JSON of a plan, got"):
+        Plan.from_json(text)
 
 
 @pytest.mark.parametrize("text", ["", "{", "plan", "[" * 200_000])
