@@ -62,6 +62,9 @@ __all__ = [
 FINALS = ("t_min", "zero", "denoise")
 _RANGE_TOLERANCE, _SIGMA_TOLERANCE = 1e-6, 1e-5  # relative; a step in time is a larger one in sigma
 _MOST_STEPS = 10**6
+_LEAST_STEP = (
+    1e-12  # in lam over max(1, |lam|), which float64 knows to a few 1e-16: a step's length has three digits or more
+)
 _POWER = re.compile(r"""power\(\s*(?:rho\s*=\s*)?([^\s,()]+)\s*(?:,\s*(?:of\s*=\s*)?["']?(\w+)["']?\s*)?\)""")
 
 
@@ -107,7 +110,8 @@ class Grid:
     That they lie in the schedule's range is checked by `make_grid`, `from_timesteps` and `from_sigmas`, not here.
 
     Raises:
-        ValueError: fewer than two nodes, a NaN, or nodes that do not decrease strictly.
+        ValueError: fewer than two nodes, a NaN, nodes that do not decrease strictly, or two so close that float64 does not
+            resolve the step between them: less than 1e-12 in lam, or of lam where that is above 1.
     """
 
     schedule: Schedule
@@ -120,6 +124,21 @@ class Grid:
         if not np.isfinite(t).all():
             raise ValueError(f"a grid must be finite: node {int(np.argmin(np.isfinite(t)))} is {t[~np.isfinite(t)][0]}")
         _decreasing(t, "t", "a grid")
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        """Raise ValueError for a step whose length in lam, which solvers divide by, is mostly rounding error."""
+        with np.errstate(invalid="ignore"):  # times that no schedule has are not looked for here
+            lam = self.lam
+            size = np.where(np.isfinite(lam), np.abs(lam), 0.0)
+            close = np.flatnonzero(np.diff(lam) < _LEAST_STEP * np.maximum(1.0, np.maximum(size[:-1], size[1:])))
+        if len(close):
+            i = int(close[0])
+            a, b = float(self.t[i]), float(self.t[i + 1])
+            raise ValueError(
+                f"a grid must decrease strictly, in steps that float64 resolves: t[{i}]={a!r}, t[{i + 1}]={b!r} are "
+                f"{lam[i + 1] - lam[i]:.1e} apart in lam, and must be {_LEAST_STEP:g} or more (of lam, where that is above 1)"
+            )
 
     @property
     def steps(self) -> int:
@@ -212,7 +231,8 @@ def from_timesteps(schedule: Schedule, timesteps: Nodes) -> Grid:
     """A grid from explicit times in the schedule's own time, end included.
 
     Raises:
-        ValueError: fewer than two, not strictly decreasing, NaN, or more than 1e-6 (relative) outside `[t_min, t_max]`.
+        ValueError: fewer than two, not strictly decreasing or closer than a `Grid` may be, NaN, or more than 1e-6 (relative)
+            outside `[t_min, t_max]`.
     """
     t = vector(timesteps, "timesteps")
     _decreasing(t, "timesteps")

@@ -41,7 +41,8 @@ def power(rho: float, of: str = "sigma_bar") -> Points:
     is t itself, and through it an EDM or discrete model takes the same noise levels.
 
     Args:
-        rho: in [0.1, 100]; the larger, the more nodes at low noise.
+        rho: in [0.1, 100]; the larger, the more nodes at low noise, where on a discrete schedule (t_min = 0) powers of t come so
+            close that a long grid is refused.
         of: "sigma_bar", "t" or "vp_time".
 
     Raises:
