@@ -52,7 +52,8 @@ class Sampler:
         calls: network calls of a full step.
         grid: the recommended grid, used where none is given and the schedule allows it (see `grid_on`).
         reference: where it was published.
-        mixed_orders: under `nfe=`, steps of lower order fill the budget.
+        mixed_orders: under `nfe=`, the step orders of DPM-Solver's paper, on steps as long as their calls; any other sampler with
+            the option `orders` takes full steps, and one of lower order for the calls that are left.
         options: names and defaults of what it accepts.
     """
 

@@ -39,7 +39,8 @@ def make_plan(
         sampler: a registered name, see `list_samplers()`.
         schedule: the noise schedule.
         steps: number of steps of the grid.
-        nfe: budget of network calls; the plan uses as many steps as fit, and never more calls.
+        nfe: budget of network calls; the plan uses as many steps as fit, and never more calls. Calls that are too few for one
+            more step of a method of several calls are a last step of lower order, where it has one.
         timesteps: explicit nodes in the schedule's time, end included.
         sigmas: explicit nodes in `sigma_bar = sigma / alpha`, end included; the last may be 0.
         grid: with steps or nfe: a grid's name, or a function `(schedule, n) -> n decreasing times`; None is the

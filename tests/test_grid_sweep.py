@@ -74,12 +74,12 @@ def test_why_leading_is_not_the_grid_of_pndm(name):
 
 def test_rows():
     problem = Problem(SCHEDULES["vp_linear"], dim=2, samples=2)
-    rows = sweep(["ddim", "dpm-solver-1", "heun"], ["uniform", "ays", "edm"], [1, 4], [problem])
+    rows = sweep(["ddim", "dpm-solver-1", "heun", "restart"], ["uniform", "ays", "edm"], [1, 4], [problem])
     cells = rows.set_index(["sampler", "grid", "nfe"])
     assert "ays" not in set(rows["grid"])  # not for this schedule
-    assert ("heun", "uniform", 1) not in cells.index  # its step takes two calls
+    assert ("restart", "uniform", 1) not in cells.index  # its step takes two calls, and a restart more
     assert cells.loc[("heun", "uniform", 4), "calls"] == 4
-    assert cells.loc[("heun", "edm", 4), ["calls", "steps"]].tolist() == [3, 2]  # the last step takes one
+    assert cells.loc[("heun", "edm", 4), ["calls", "steps"]].tolist() == [4, 3]  # the last two steps take one each
     assert cells.loc[("ddim", "edm", 4), "error"] == cells.loc[("dpm-solver-1", "edm", 4), "error"]
     assert (rows["error"] > 0).all()
 

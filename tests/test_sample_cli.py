@@ -201,7 +201,7 @@ def test_error_controlled_samplers(tmp_path):
         (("--sampler", "dpmpp-3s", "--nfe", "2", "--option", "final=denoise", "--option", "orders=[3]"), "orders"),
         (
             ("--sampler", "heun", "--nfe", "1", "--option", "final=denoise"),
-            "nfe must be at least 3 for 'heun' here, got 1",
+            "nfe must be at least 2 for 'heun' here, got 1",
         ),
         (("--nfe", "3", "--steps", "3"), "exactly one of steps, nfe"),
         (("--class", "3"), "--class: model TINY has classes 0 .. 2, got 3"),

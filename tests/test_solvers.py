@@ -300,8 +300,8 @@ BUDGETS = (2, 3, 4, 5, 6, 7, 12, 13, 20)
 
 
 def fewest_calls(entry, plan, final):
-    """Calls of the shortest plan: one step, in a mixed plan of one call; "denoise" is a step of one call more."""
-    return 1 + (final == "denoise") if entry.mixed_orders else plan.nfe
+    """Calls of the shortest plan: one step, where its order can be 1 of one call; "denoise" is a step of one call more."""
+    return 1 + (final == "denoise") if "orders" in entry.options else plan.nfe
 
 
 @pytest.mark.no_cover
@@ -332,6 +332,8 @@ def test_budget_is_never_exceeded(schedule, grid, name, final):
         assert plan.nfe <= nfe
         if entry.mixed_orders:
             assert plan.nfe == nfe or (at_noise and nfe - plan.nfe < entry.calls)
+        elif "orders" in entry.options:
+            assert plan.nfe == nfe
         else:  # a step more, "denoise" being one of them, would exceed it
             assert make_plan(name, schedule, steps=plan.steps + (final != "denoise"), **where).nfe > nfe
         assert (plan.instructions[-1].node, len(plan.times)) == (plan.steps, plan.steps + 1)
@@ -357,7 +359,11 @@ def orders_of(plan):
         ("dpm-solver-3s", 12, [3, 3, 3, 2, 1]),
         ("dpm-solver-2s", 10, [2] * 5),
         ("dpm-solver-2s", 11, [2] * 5 + [1]),
-        ("heun", 11, [2] * 5),
+        ("heun", 10, [2] * 5),
+        ("heun", 11, [2] * 5 + [1]),
+        ("seeds", 9, [3, 3, 3]),
+        ("seeds", 10, [3, 3, 3, 1]),
+        ("seeds", 11, [3, 3, 3, 2]),
     ],
 )
 def test_budget_is_spent_on_full_steps(name, nfe, expected):
@@ -370,6 +376,73 @@ def test_mixed_orders_take_steps_as_long_as_their_calls():
     logsnr = make_plan("dpm-solver-3s", VP, nfe=11, grid="logsnr")
     lengths = np.diff(VP.lam(np.array(logsnr.times)))
     np.testing.assert_allclose(lengths, lengths[0], rtol=1e-9)
+
+
+FILLED = [name for name, entry in ENTRIES.items() if "orders" in entry.options and not entry.mixed_orders]
+
+
+def test_samplers_of_several_calls_a_step_fill_a_budget():
+    several = {name for name, entry in ENTRIES.items() if entry.calls > 1}
+    assert several - {"restart"} == {*FILLED, *(name for name in several if ENTRIES[name].mixed_orders)}
+
+
+@pytest.mark.parametrize("name", FILLED)
+@pytest.mark.parametrize(("grid", "final"), [(None, "t_min"), ("edm", None), ("karras", "denoise")])
+def test_calls_that_are_left_over_are_one_lower_step_at_the_end(name, grid, final):
+    entry, where = ENTRIES[name], {"grid": grid, "final": final}
+    at_data = final != "t_min"  # a step there has one call, whatever its order
+    for nfe in range(1 + (final == "denoise"), 13):
+        plan = make_plan(name, VP, nfe=nfe, **where)
+        full, left = divmod(nfe - at_data, entry.calls)
+        assert orders_of(plan) == [entry.calls] * full + [left] * (left > 0) + [1] * at_data
+        orders = [entry.calls] * full + [left] * (left > 0) + [entry.calls] * at_data
+        steps = len(orders) - (final == "denoise")
+        assert plan == make_plan(name, VP, steps=steps, orders=orders, **where)
+        if not left:
+            assert plan == make_plan(name, VP, steps=steps, **where)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "options"),
+    [
+        ("heun", "euler", {}),
+        ("edm", "euler", {}),
+        ("dpm2", "euler", {}),
+        ("dpm2-ancestral", "euler-ancestral", {"eta": 0.7, "s_noise": 1.1}),
+        ("dpmpp-sde", "euler-ancestral", {"eta": 0.7, "s_noise": 1.1}),
+        ("seeds", "seeds", {"order": 1, "eta": 0.7}),
+    ],
+)
+def test_a_step_of_order_1_is_that_of_the_family(name, first, options):
+    given = {option: value for option, value in options.items() if option != "order"}
+    lowest = make_plan(name, VP, steps=5, grid="logsnr", orders=[1] * 5, **given)
+    assert lowest.close(make_plan(first, VP, steps=5, grid="logsnr", **options))
+    mixed = make_plan(name, VP, steps=2, grid="logsnr", orders=[ENTRIES[name].calls, 1], **given)
+    assert mixed.nfe == ENTRIES[name].calls + 1
+
+
+def test_seeds_of_order_2_within_order_3_are_those_of_order_2():
+    two = make_plan("seeds", VP, steps=4, order=2, r1=0.5)
+    assert make_plan("seeds", VP, steps=4, orders=[2] * 4, r1=0.2, r2=0.7) == two
+    assert make_plan("seeds", VP, nfe=7, order=2) == make_plan("seeds", VP, steps=4, order=2, orders=[2, 2, 2, 1])
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_orders_that_no_step_has_are_refused(name):
+    for orders in ([1], [1, 2, 4], [0, 1, 1], [True, 1, 1], "121"):
+        with pytest.raises(ValueError, match="orders must be 3 integers from 1 to"):
+            make_plan(name, VP, steps=3, orders=orders)
+
+
+@pytest.mark.parametrize("name", ["heun", "dpm2"])
+@pytest.mark.parametrize("nfe", [5, 7, 9, 11])
+def test_the_call_that_was_left_over_brings_the_solution_nearer(exact, name, nfe):
+    x_T = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    solution = sample(exact(VP), "dpm-solver-3s", x_T=x_T, steps=100, grid="logsnr")
+    with_it, without = (
+        (sample(exact(VP), name, x_T=x_T, nfe=calls) - solution).square().mean().sqrt() for calls in (nfe, nfe - 1)
+    )
+    assert with_it < 0.8 * without
 
 
 def test_orders_are_taken_as_given():

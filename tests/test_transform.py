@@ -147,12 +147,13 @@ def test_no_epsilon_at_alpha_zero(name, how):
         ("ddim", {"afs": "yes", "steps": 3}, TypeError, "afs must be True or False, got 'yes'"),
         ("rk45", {"afs": True, "nfe": 30}, ValueError, "afs=True .* and sampler 'rk45' has no plan"),
         ("ddim", {"afs": True, "nfe": 1, "final": "denoise"}, None, ""),
-        ("heun", {"afs": True, "nfe": 1, "final": "zero"}, ValueError, "this plan has no other"),
+        ("heun", {"afs": True, "nfe": 1, "final": "zero"}, None, ""),
+        ("restart", {"afs": True, "nfe": 1, "final": "zero"}, ValueError, "this plan has no other"),
         (
-            "heun",
+            "restart",
             {"afs": True, "nfe": 1, "final": "denoise"},
             ValueError,
-            "nfe must be at least 2 for 'heun' here, got 1",
+            "nfe must be at least 10 for 'restart' here, got 1",
         ),
     ],
 )

@@ -45,18 +45,20 @@ def euler_ancestral(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Pl
     return _ancestral(grid, "eps", [1] * grid.steps, eta, s_noise)
 
 
-def dpm2_ancestral(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0) -> Plan:
+def dpm2_ancestral(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0, orders: Sequence[int] | None = None) -> Plan:
     """The midpoint rule in sigma_bar, with the midpoint in log sigma_bar, down to `down`, then noise back up; two calls.
 
     k-diffusion's `sample_dpm_2_ancestral`; with eta = 0 its `sample_dpm_2` without churn (DPM-Solver-2 of Karras et al. 2022,
     arXiv:2206.00364), which is DPM-Solver-2 of Lu et al. at r1 = 1/2. An ancestral step
     with the exact ODE has the right marginals, so at any eta the distribution at the nodes converges with the order of the
-    ODE's solver, 2, but the path, which is that of a reverse SDE, with order 1.
+    ODE's solver, 2, but the path, which is that of a reverse SDE, with order 1. Under `nfe=` a call that is left over is a step
+    of `euler_ancestral`, the last one above sigma = 0.
 
     Args:
         grid, eta, s_noise: as in `euler_ancestral`.
+        orders: the order of each step, 1 or 2; None: 2 everywhere.
     """
-    return _ancestral(grid, "eps", [2] * grid.steps, eta, s_noise)
+    return _ancestral(grid, "eps", checked_orders(grid, 2, orders), eta, s_noise)
 
 
 def dpmpp_2s(
@@ -117,20 +119,29 @@ def _way(prediction: str, now: np.ndarray, to: np.ndarray) -> tuple[np.ndarray, 
 
 
 def edm(
-    grid: Grid, *, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+    grid: Grid,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    orders: Sequence[int] | None = None,
 ) -> Plan:
     """EDM's stochastic sampler: noise up to `sigma_hat = (1 + gamma) sigma_bar`, then Heun's method down to the next node.
 
     Karras et al. 2022, arXiv:2206.00364, algorithm 2, in sigma_bar on any schedule. sigma_hat ends at `sigma_bar(t_max)`, so
     the model is never asked above its range: a first step from there has no churn, where the authors' code evaluates at up to
-    sqrt(2) sigma_max. Without churn this is `heun`. The step to sigma = 0 is Euler's, after churn as any other.
+    sqrt(2) sigma_max. Without churn this is `heun`. The step to sigma = 0 is Euler's, after churn as any other, and so is the
+    last one above where a budget of calls leaves one over.
 
     Args:
         grid: the nodes.
         s_churn: amount of noise, at least 0: `gamma = min(s_churn / N, sqrt(2) - 1)` in N steps.
         s_tmin, s_tmax: churn only where `s_tmin <= sigma_bar <= s_tmax` at the node.
         s_noise: factor on the noise's standard deviation, at least 0.
+        orders: as in `heun`.
     """
+    by_step = checked_orders(grid, 2, orders)
     for name, value in (("s_churn", s_churn), ("s_noise", s_noise)):
         check_amount(name, value)
     if not 0 <= s_tmin <= s_tmax:
@@ -145,5 +156,5 @@ def edm(
             start = Level(t, float(schedule.alpha(t)), float(schedule.sigma(t)))
             std = start.alpha * math.sqrt(hat**2 - now**2) * s_noise
             x = p.combine(None, (x, start.alpha / p.alpha[i]), (p.noise(), std))
-        x = heun_step(p, x, start, node_level(p, i + 1), i + 1)
+        x = heun_step(p, x, start, node_level(p, i + 1), i + 1, by_step[i])
     return p.plan()

@@ -8,12 +8,14 @@ All of them are written for the state x in epsilon. With `sigma_bar = sigma / al
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from samplers.draft import Draft
 from samplers.errors import check_amount, unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
+from samplers.solvers.exponential import checked_orders
 
 
 def _forward_variance(p: Draft, i: int) -> float:
@@ -112,24 +114,31 @@ def node_level(p: Draft, i: int) -> Level:
     return Level(p.t[i], p.alpha[i], p.sigma[i])
 
 
-def heun(grid: Grid) -> Plan:
+def heun(grid: Grid, *, orders: Sequence[int] | None = None) -> Plan:
     """Heun's second-order method in `x / alpha` against `sigma_bar`: two calls a step, Euler on a step to sigma = 0.
 
-    Karras et al. 2022, arXiv:2206.00364, algorithm 1. The correction is applied to the predicted state.
+    Karras et al. 2022, arXiv:2206.00364, algorithm 1. The correction is applied to the predicted state. N steps take 2N calls,
+    or 2N - 1 to sigma = 0. Under `nfe=` these are the published plans, and the one call that any other budget has left is
+    Euler's step on a grid of one step more: its last, or the one before the step to sigma = 0.
+
+    Args:
+        grid: the nodes.
+        orders: the order of each step, 1 (Euler's) or 2; None: 2 everywhere.
     """
+    by_step = checked_orders(grid, 2, orders)
     p = Draft(grid, "eps")
     x = p.x
     for i in p.steps:
-        x = heun_step(p, x, node_level(p, i), node_level(p, i + 1), i + 1)
+        x = heun_step(p, x, node_level(p, i), node_level(p, i + 1), i + 1, by_step[i])
     return p.plan()
 
 
-def heun_step(p: Draft, x: str, start: Level, end: Level, node: int | None) -> str:
-    """One step of Heun's method between any two levels, Euler's where it ends at sigma = 0; `node` as in `Draft.combine`."""
+def heun_step(p: Draft, x: str, start: Level, end: Level, node: int | None, order: int = 2) -> str:
+    """One step of Heun's method between any two levels, Euler's at order 1 and to sigma = 0; `node` as in `Draft.combine`."""
     ratio = end.alpha / start.alpha
     slope = end.sigma - start.sigma * ratio
     out = p.evaluate_at(x, *start)
-    if end.sigma == 0:
+    if order == 1 or end.sigma == 0:
         return p.combine(node, (x, ratio), (out, slope))
     predicted = p.combine(None, (x, ratio), (out, slope))
     again = p.evaluate_at(predicted, *end)

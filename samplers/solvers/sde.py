@@ -13,6 +13,8 @@ independent increments, one for each stretch between them, that are carried on w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from samplers.draft import Draft
@@ -20,9 +22,9 @@ from samplers.errors import check_amount
 from samplers.grid import Grid
 from samplers.plan import Plan
 from samplers.solvers.ancestral import ancestral_levels
-from samplers.solvers.exponential import inner_fractions, psi
+from samplers.solvers.exponential import checked_orders, inner_fractions, psi
 from samplers.solvers.exponential_multistep import Rows, check_predict, published_weights
-from samplers.solvers.stages import finite_lam, stage, staged_plan
+from samplers.solvers.stages import Stage, finite_lam, stage, staged_plan
 
 
 def seeds(
@@ -34,6 +36,7 @@ def seeds(
     s_noise: float = 1.0,
     r1: float | None = None,
     r2: float | None = None,
+    orders: Sequence[int] | None = None,
 ) -> Plan:
     """SEEDS-1, -2, -3: DPM-Solver-1, -2, -3 ("midpoint") with the noises of a reverse SDE at every stage.
 
@@ -44,6 +47,8 @@ def seeds(
     On Gaussian data the mean given the start converges with order `order`, the variance with order min(order, 2), and single
     paths with order 1 (strong order), as with any method that uses increments alone.
 
+    Under `nfe=` the calls that are too few for one more step are a step of SEEDS-1 or -2, the last one above sigma = 0.
+
     Args:
         grid: the nodes.
         order: 1, 2 or 3, also the calls of a step.
@@ -51,6 +56,7 @@ def seeds(
         eta: amount of noise, at least 0; the paper's is 1.
         s_noise: factor on the noise's standard deviation, at least 0.
         r1, r2: inner points as fractions of the step in lam, as in `exponential.singlestep`.
+        orders: the order of each step, 1 to `order`; None: `order` everywhere. Lower steps use their default inner point.
     """
     _check_noise(eta, s_noise)
     check_predict(predict)
@@ -59,8 +65,16 @@ def seeds(
     for name, value, least in (("r1", r1, 2), ("r2", r2, 3)):
         if value is not None and order < least:
             raise ValueError(f"{name} goes with order {least} and above, got {name}={value} at order {order}")
-    points = (*inner_fractions(order, r1, r2), 1.0)
-    lam = finite_lam(grid)
+    by_step = checked_orders(grid, order, orders)
+    inner_fractions(order, r1, r2)  # checked also where no step is of full order
+    inner = {k: inner_fractions(k, *((r1, r2) if k == order else (None, None))) for k in set(by_step)}
+    methods = {k: _stages(grid, predict, eta, s_noise, (*fractions, 1.0)) for k, fractions in inner.items()}
+    return staged_plan(Draft(grid, predict), methods, by_step)
+
+
+def _stages(grid: Grid, predict: str, eta: float, s_noise: float, points: tuple[float, ...]) -> list[Stage]:
+    """The stages of SEEDS through these points, the last of which is 1, the end of the step."""
+    lam, order = finite_lam(grid), len(points)
     h, starts = np.diff(lam), (0.0, *points)
     stages = []
     for k, c in enumerate(points):
@@ -72,10 +86,12 @@ def seeds(
         noises = [s_noise * to * _increment(predict, eta, h, starts[j], points[j], c) for j in range(k + 1)]
         coefficients = (state, -scale * psi_1 - latest, latest, *noises)
         stages.append(stage(grid, lam[:-1] + c * h if k < order - 1 else None, *coefficients))
-    return staged_plan(Draft(grid, predict), {order: stages}, [order] * grid.steps)
+    return stages
 
 
-def dpmpp_sde(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0, r1: float = 0.5) -> Plan:
+def dpmpp_sde(
+    grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0, r1: float = 0.5, orders: Sequence[int] | None = None
+) -> Plan:
     """DPM-Solver++ (SDE): the two calls of DPM-Solver++(2S), each after an ancestral step from the step's start.
 
     k-diffusion's `sample_dpmpp_sde`. There the noises to the inner point (level m) and to the end are increments over sigma_bar
@@ -85,14 +101,17 @@ def dpmpp_sde(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0, r1: float =
     `dpmpp_2s`.
 
     On Gaussian data the variance converges with order 2; single paths, and with 0 < eta < 1 the mean given the start, with
-    order 1.
+    order 1. Under `nfe=` a call that is left over is the ancestral step alone (DDIM with this eta), the last one above
+    sigma = 0.
 
     Args:
         grid: the nodes.
         eta: amount of noise of an ancestral step, at least 0; 1 is the reverse SDE.
         s_noise: factor on the noise's standard deviation, at least 0.
         r1: inner point as a fraction of the step in lam, in (0, 1].
+        orders: the order of each step, 1 or 2; None: 2 everywhere.
     """
+    by_step = checked_orders(grid, 2, orders)
     _check_noise(eta, s_noise)
     (r1,) = inner_fractions(2, r1, None)
     lam = finite_lam(grid)
@@ -104,8 +123,9 @@ def dpmpp_sde(grid: Grid, *, eta: float = 1.0, s_noise: float = 1.0, r1: float =
     latest = total * 0.5 / r1
     inner = stage(grid, lam[:-1] + r1 * h, down_mid / now, 1.0 - down_mid / now, 0.0, s_noise * up_mid)
     noises = (s_noise * up * np.sqrt(share), s_noise * up * np.sqrt(1.0 - share))
+    single = (stage(grid, None, down / now, total, 0.0, s_noise * up),)
     stages = (inner, stage(grid, None, down / now, total - latest, latest, *noises))
-    return staged_plan(Draft(grid, "x0"), {2: stages}, [2] * grid.steps)
+    return staged_plan(Draft(grid, "x0"), {1: single, 2: stages}, by_step)
 
 
 def dpmpp_2m_sde(
