@@ -58,24 +58,25 @@ class Trajectories(ABC):
     solution: dict[bool, Tensor]
 
     @cached_property
-    def _errors(self) -> dict[Plan, float]:
+    def _errors(self) -> dict[tuple[Plan, bool], float]:
         return {}
 
-    def error(self, plan: Plan) -> float:
-        """Of a plan's samples, inf where they are not finite: root mean square error, or of a stochastic plan the distance.
+    def error(self, plan: Plan, distance: bool = False) -> float:
+        """Of a plan's samples, inf where they are not finite: root mean square error, or the distance of the samples.
 
         Samplers of one plan share a run.
         """
-        if plan not in self._errors:
+        if (plan, distance) not in self._errors:
             x = run_plan(plan, self.model, plan.sigma_T * self.noise, cond=self.cond, check=False)
             if not x.isfinite().all():
-                self._errors[plan] = math.inf
-            elif plan.stochastic:
-                self._errors[plan] = self.distance_of(x)
+                found = math.inf
+            elif distance:
+                found = self.distance_of(x)
             else:
                 target = self.solution[plan.times[-1] == self.schedule.t_zero]
-                self._errors[plan] = float((x - target).square().mean().sqrt())
-        return self._errors[plan]
+                found = float((x - target).square().mean().sqrt())
+            self._errors[plan, distance] = found
+        return self._errors[plan, distance]
 
     @abstractmethod
     def distance_of(self, samples: Tensor) -> float:
@@ -177,17 +178,25 @@ def fixed_samplers(stochastic: bool = False) -> list[str]:
 
 
 def sweep(
-    samplers: Sequence[str], grids: Sequence[str], budgets: Sequence[int], problems: Sequence[Trajectories]
+    samplers: Sequence[str],
+    grids: Sequence[str],
+    budgets: Sequence[int],
+    problems: Sequence[Trajectories],
+    distance: bool = False,
 ) -> pd.DataFrame:
-    """One row for each sampler, grid, budget and problem that go together: with the calls used and the error.
+    """One row for each sampler, grid, budget and problem that go together: with the calls used and the error, or the distance.
 
     A budget below one step, or a grid that a schedule does not allow, is no row.
     """
-    return pd.DataFrame(list(_rows(samplers, grids, budgets, problems)))
+    return pd.DataFrame(list(_rows(samplers, grids, budgets, problems, distance)))
 
 
 def _rows(
-    samplers: Sequence[str], grids: Sequence[str], budgets: Sequence[int], problems: Sequence[Trajectories]
+    samplers: Sequence[str],
+    grids: Sequence[str],
+    budgets: Sequence[int],
+    problems: Sequence[Trajectories],
+    distance: bool,
 ) -> Iterator[dict[str, Any]]:
     for problem in problems:
         for grid in (name for name in grids if allows(problem.schedule, name)):
@@ -198,7 +207,8 @@ def _rows(
                     except ValueError:
                         continue
                     row = {"sampler": sampler, "grid": grid, "schedule": problem.schedule.name, "dim": problem.dim}
-                    yield {**row, "nfe": nfe, "calls": plan.nfe, "steps": plan.steps, "error": problem.error(plan)}
+                    error = problem.error(plan, distance)  # a stochastic sampler's plan of one step may use no noise
+                    yield {**row, "nfe": nfe, "calls": plan.nfe, "steps": plan.steps, "error": error}
 
 
 def ratios(rows: pd.DataFrame) -> pd.DataFrame:
@@ -300,7 +310,7 @@ def main(
     if model == "gmm":
         problems = [Problem(SCHEDULES[s], d, samples) for s in _chosen("schedule", on, list(SCHEDULES)) for d in dim]
     names = _chosen("sampler", samplers, fixed_samplers(stochastic))
-    rows = sweep(names, _chosen("grid", grids, list(GRIDS)), nfe, problems)
+    rows = sweep(names, _chosen("grid", grids, list(GRIDS)), nfe, problems, stochastic)
     if rows.empty:
         raise click.UsageError("no sampler, grid and budget of these go together")
     title = "Grids on Gaussian mixtures" if model == "gmm" else "Grids on the shipped MNIST model"

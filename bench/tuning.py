@@ -11,6 +11,8 @@ from samplers.registry import SAMPLERS
 
 Row = dict[str, Any]
 _BY = ("rmse", "psnr")  # two forms of one error, from the many-step solution of the same noise
+_DISTANCES = ("frechet", "fd_mnist_cnn", "fd_infinity")  # of the models that the sweep had
+_PUBLISHED = ("ddpm", "euler-ancestral", "restart", "consistency")  # stay on the grids they were published on
 _MIXTURE, _DIGITS = "mixtures like this one", "this model, for the sampler or a relative of it"
 
 
@@ -18,7 +20,8 @@ def tuning_of(spec: SamplerSpec, model: str) -> Row:
     """The columns `tuned`, what a row was tuned on, and `tuned_metrics`, which of the metrics that concerns; none where nothing.
 
     What the suite says of a row holds for every metric. Without that, a row on its sampler's recommended grid is one of those
-    that `bench.grid_sweep` chose by the error on the mixtures `gmm` and on the shipped model `mnist`.
+    that `bench.grid_sweep` chose on the mixtures `gmm` and on the shipped model `mnist`: by the error, or of a sampler that uses
+    noise by the distance.
 
     Args:
         spec: of the row.
@@ -29,7 +32,8 @@ def tuning_of(spec: SamplerSpec, model: str) -> Row:
     where = _DIGITS if model == "mnist" else _MIXTURE if model == "gmm" or model.startswith("gmm-") else ""
     if not where or spec.grid is not None or not _swept(spec.sampler):
         return {}
-    return {"tuned": f"its recommended grid was chosen by rmse on {where}", "tuned_metrics": list(_BY)}
+    by, metrics = ("the distance", _DISTANCES) if uses_noise(spec.sampler) else ("rmse", _BY)
+    return {"tuned": f"its recommended grid was chosen by {by} on {where}", "tuned_metrics": list(metrics)}
 
 
 @lru_cache
@@ -43,6 +47,6 @@ def uses_noise(sampler: str) -> bool:
 
 
 def _swept(sampler: str) -> bool:
-    """Whether the sweep had it: the samplers of fewstep whose plan uses no noise."""
+    """Whether the sweep chose its grid."""
     known = SAMPLERS.get(sampler)
-    return known is not None and not known.adaptive and not uses_noise(sampler)
+    return known is not None and not known.adaptive and sampler not in _PUBLISHED

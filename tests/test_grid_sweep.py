@@ -43,17 +43,24 @@ def test_fixed_samplers():
 
 def test_stochastic_samplers_are_judged_by_their_distance():
     problem = Problem(SCHEDULES["vp_linear"], dim=2, samples=1000)
-    coarse, fine = (problem.error(make_plan("ddpm", problem.schedule, steps=n, grid="logsnr")) for n in (3, 100))
+    coarse, fine = (
+        problem.error(make_plan("ddpm", problem.schedule, steps=n, grid="logsnr"), distance=True) for n in (3, 100)
+    )
     assert coarse > 10 * fine > 0
     plan = make_plan("ddpm", problem.schedule, steps=3, grid="logsnr")
     samples = run_plan(plan, problem.model, plan.sigma_T * problem.noise)
     assert coarse == gaussian_frechet(problem.mixture, samples)
+    one = make_plan("ddpm", problem.schedule, steps=1, grid="logsnr", final="zero")
+    assert not one.stochastic  # and its distance is none to the converged solution all the same
+    x = run_plan(one, problem.model, one.sigma_T * problem.noise)
+    (row,) = sweep(["ddpm"], ["edm"], [1], [problem], distance=True).to_dict("records")
+    assert row["error"] == pytest.approx(gaussian_frechet(problem.mixture, x), rel=0.1)
 
 
 def test_digits_are_judged_by_the_shipped_classifier():
     problem = Digits(12)
     plan = make_plan("ddpm", problem.schedule, steps=2)
-    assert 0 < problem.error(plan) < math.inf
+    assert 0 < problem.error(plan, distance=True) < math.inf
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -78,4 +78,6 @@ def test_a_budget_takes_few_plans(name, options, nfe, most):
     where = dict.fromkeys(("steps", "timesteps", "sigmas", "final"))
     grid, chosen = nodes_of(counting, EDM, nfe=nfe, grid="karras", options=options, spared=0, **where)
     assert len(built) <= most
-    assert entry.plan(grid, **chosen).nfe <= nfe < make_plan(name, EDM, steps=grid.steps + 1, **options).nfe
+    assert (
+        entry.plan(grid, **chosen).nfe <= nfe < make_plan(name, EDM, steps=grid.steps + 1, grid="karras", **options).nfe
+    )
