@@ -352,7 +352,7 @@ def test_a_suite_of_several_models_has_a_table_for_each(tmp_path: Path) -> None:
 
 def test_a_dry_run_shows_the_cells_and_measures_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    given = ("--num-samples", 40, "--nfe", "1,4", "--samplers", "heun,ddim", "--seed", "0,1", "--out", out)
+    given = ("--num-samples", 40, "--nfe", "1,4", "--samplers", "pndm,ddim", "--seed", "0,1", "--out", out)
     shown = bench(*given, "--dry-run")
     assert shown.exit_code == 0, shown.output
     assert "10 cells" in shown.output

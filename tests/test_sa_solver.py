@@ -89,7 +89,7 @@ def test_weak_order_on_a_gaussian(predictor, corrector, order, tau):
     errors = []
     for steps in (200, 400):
         options = {"predictor_order": predictor, "corrector_order": corrector, "lower_order_final": False}
-        plan = make_plan("sa-solver", VP, steps=steps, tau=tau, **EVERYWHERE, **options)
+        plan = make_plan("sa-solver", VP, steps=steps, grid="logsnr", tau=tau, **EVERYWHERE, **options)
         mean, variance = moments_of_a_gaussian(plan, VP)
         alpha, sigma = VP.alpha(VP.t_min), VP.sigma(VP.t_min)
         assert mean == pytest.approx(0.7 * alpha, rel=1e-12)

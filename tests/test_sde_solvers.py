@@ -178,12 +178,13 @@ def test_dpmpp_sde_becomes_seeds_as_steps_shrink():
     """They differ in the overlap of two noises, which is r1 in both as h goes to 0."""
     differences = []
     for n in (100, 200, 400):
-        a, b = make_plan("dpmpp-sde", VP, steps=n), make_plan("seeds", VP, steps=n, order=2, predict="x0")
+        where = {"steps": n, "grid": "logsnr"}
+        a, b = make_plan("dpmpp-sde", VP, **where), make_plan("seeds", VP, **where, order=2, predict="x0")
         assert a.matrix().shape == b.matrix().shape
         differences.append(np.abs(noise_step(a) - noise_step(b)).max())
         # but for the noises they are one method
         quiet = [
-            make_plan(name, VP, steps=n, s_noise=0.0, **o)
+            make_plan(name, VP, **where, s_noise=0.0, **o)
             for name, o in (("dpmpp-sde", {}), ("seeds", {"order": 2, "predict": "x0"}))
         ]
         assert quiet[0].close(quiet[1])

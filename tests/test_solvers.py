@@ -367,7 +367,7 @@ def orders_of(plan):
     ],
 )
 def test_budget_is_spent_on_full_steps(name, nfe, expected):
-    assert orders_of(make_plan(name, VP, nfe=nfe)) == expected
+    assert orders_of(make_plan(name, VP, nfe=nfe, grid="logsnr")) == expected
 
 
 def test_mixed_orders_take_steps_as_long_as_their_calls():
