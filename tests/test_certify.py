@@ -120,7 +120,7 @@ def test_noise_is_certified_at_the_default_or_one_and_at_a_half():
 
 @pytest.mark.parametrize(
     ("predictor", "corrector", "over_a_run", "of_a_step"),
-    [(1, 0, 1, 1), (1, 2, 2, 1), (2, 0, 2, 2), (2, 3, 3, 2), (3, 0, 3, 3), (3, 4, 4, 3), (4, 0, 4, 4)],
+    [(1, 0, 1, 1), (1, 1, 1, 1), (1, 2, 2, 1), (2, 0, 2, 2), (2, 3, 3, 2)] + [(3, 0, 3, 3), (3, 4, 4, 3), (4, 0, 4, 4)],
 )
 def test_every_order_of_sa_solver_is_certified(predictor, corrector, over_a_run, of_a_step):
     entry, options = SAMPLERS["sa-solver"], {"predictor_order": predictor, "corrector_order": corrector}
