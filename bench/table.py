@@ -98,7 +98,7 @@ def layout(rows: Sequence[Row], metric: str | None = None) -> Layout:
         {(row["label"], row["budget"]): row for row in mine},
         best_of(found),
         beyond_model(found),
-        {row["label"]: many for row in mine if (many := own_model(row, found)) is not None},
+        {row["label"]: many for row in measured(mine) if (many := own_model(row, found)) is not None},
     )
 
 
