@@ -12,7 +12,8 @@ from samplers.registry import SAMPLERS
 Row = dict[str, Any]
 _BY = ("rmse", "psnr")  # two forms of one error, from the many-step solution of the same noise
 _DISTANCES = ("frechet", "fd_mnist_cnn", "fd_infinity")  # of the models that the sweep had
-_PUBLISHED = ("ddpm", "euler-ancestral", "restart", "consistency")  # stay on the grids they were published on
+# these stay on the grids they were published on
+_PUBLISHED = ("ddpm", "euler-ancestral", "dpm2-ancestral", "seeds", "restart", "consistency")
 _MIXTURE, _DIGITS = "mixtures like this one", "this model, for the sampler or a relative of it"
 
 

@@ -79,8 +79,7 @@ def test_explicit_grids_are_the_named_ones():
 def test_recommended_grid_is_used():
     for name in FIXED:
         assert make_plan(name, VP, steps=5) == make_plan(name, VP, steps=5, grid=entry(name).grid)
-        at_noise = entry(name).grid if entry(name).grid in ("sgm", "trailing") else "uniform"  # alpha = 0 at t = 1
-        assert make_plan(name, FLOW, steps=5) == make_plan(name, FLOW, steps=5, grid=at_noise)
+        assert make_plan(name, FLOW, steps=5) == make_plan(name, FLOW, steps=5, grid="uniform")  # alpha = 0 at t = 1
 
 
 def test_a_recommended_grid_that_a_schedule_does_not_allow_gives_way():
