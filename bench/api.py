@@ -26,7 +26,7 @@ from samplers.execute import COMPILE
 if TYPE_CHECKING:
     import pandas as pd
 
-_LISTS = ("nfe", "seeds", "metrics")  # of a suite
+_LISTS = ("nfe", "seeds", "metrics")  # fields of a suite of which one value may be given alone
 
 
 def run(
@@ -75,19 +75,11 @@ def run(
     names = [samplers] if isinstance(samplers, str) else samplers
     changes |= {name: [changes[name]] for name in _LISTS if isinstance(changes.get(name), str | Integral)}
     workers, rows = Workers(), []
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile, "overlap": overlap}
+    how |= {"share_first_call": share_first_call, "console": Console(quiet=quiet), "workers": workers}
     try:
         for one, folder in each_model(suite.changed(names, **changes), out):
-            prepared = prepare(
-                one,
-                folder,
-                device=device,
-                dtype=dtype,
-                compile=compile,
-                share_first_call=share_first_call,
-                overlap=overlap,
-                console=Console(quiet=quiet),
-                workers=workers,
-            )
+            prepared = prepare(one, folder, **how)
             found = prepared.rows()
             if workers.leads:
                 write_results(one, prepared.model, folder, prepared.running.device, found, prepared.record)

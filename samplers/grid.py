@@ -62,9 +62,8 @@ __all__ = [
 FINALS = ("t_min", "zero", "denoise")
 _RANGE_TOLERANCE, _SIGMA_TOLERANCE = 1e-6, 1e-5  # relative; a step in time is a larger one in sigma
 _MOST_STEPS = 10**6
-_LEAST_STEP = (
-    1e-12  # in lam over max(1, |lam|), which float64 knows to a few 1e-16: a step's length has three digits or more
-)
+# of a step in lam over max(1, |lam|), which float64 knows to a few 1e-16: its length has three digits or more
+_LEAST_STEP = 1e-12
 _POWER = re.compile(r"""power\(\s*(?:rho\s*=\s*)?([^\s,()]+)\s*(?:,\s*(?:of\s*=\s*)?["']?(\w+)["']?\s*)?\)""")
 
 

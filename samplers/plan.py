@@ -15,10 +15,8 @@ from samplers.program import START, Combine, Evaluate, Instruction, Program, low
 
 FORMAT, VERSION = "fewstep-plan", 1
 _HEAD = ("format", "version", "sampler", "prediction", "sigma_T", "times", "instructions")
-_LISTS = (
-    "sigmas",
-    "timesteps",
-)  # nodes for programs that take their own; a file may have them, and no plan is made of them
+# nodes for programs that take their own: a file may have them, and no plan is made of them
+_LISTS = ("sigmas", "timesteps")
 KINDS = ("eps", "x0")
 _LARGEST = sys.float_info.max
 
