@@ -81,9 +81,9 @@ class Work:
 
 
 class Ended(Enum):
-    """How a stage ended: with nothing to do, at its end, or at the deadline."""
+    """How a stage ended: with nothing to do, at its end, at the deadline, or with cells that failed."""
 
-    IDLE, DONE, CUT = range(3)
+    IDLE, DONE, CUT, FAILED = range(4)
 
 
 def make_judge(work: Work) -> Ended:
@@ -142,7 +142,7 @@ def measure(work: Work) -> Ended:
     found = run_suite(suite, model, work.out / "results", device, console)
     title = write_results(suite, model, work.out / "results", device, found)
     console.print(terminal(found, model.judge.floors(suite.num_samples), title, suite.note))
-    return Ended.DONE
+    return Ended.FAILED if any(row["status"] == "failed" for row in found) else Ended.DONE
 
 
 STAGES: dict[str, Callable[[Work], Ended]] = {
@@ -180,20 +180,20 @@ def export(work: Work, folder: Path) -> None:
         shutil.copy(log, folder / f"{log.parent.name}-log.jsonl")
 
 
-def run(work: Work) -> str:
-    """Do what is left, stage by stage, and at least a little; returns the stage to go on with, or "" when all is done."""
+def run(work: Work) -> tuple[Ended, str]:
+    """Do what is left, stage by stage, and at least a little; returns how that ended, and at which stage."""
     for read, name in ((load_config, work.teacher), (load_config, work.students), (load_suite, work.suite)):
         read(name)  # a typing error in the last is told first
     worked = False
     for name, stage in STAGES.items():
         if worked and time.monotonic() > work.deadline:
-            return name
+            return Ended.CUT, name
         click.echo(f"stage {name}")
         ended = stage(work)
-        if ended is Ended.CUT:
-            return name
+        if ended in (Ended.CUT, Ended.FAILED):
+            return ended, name
         worked |= ended is Ended.DONE
-    return ""
+    return Ended.DONE, name
 
 
 @click.command()
@@ -240,18 +240,19 @@ def main(
         )
     with resumable("the same command goes on from the last checkpoint"):
         try:
-            stopped = run(work)
+            ended, stage = run(work)
         except TrainingError as error:
             raise click.ClickException(str(error)) from error
     if exported is not None:
         export(work, exported)
-    click.echo(
-        f"stopped before the end of stage {stopped}; the same command goes on"
-        if stopped
-        else f"all done: {out / 'results'}"
-    )
-    if stopped:
+    if ended is Ended.FAILED:
+        raise click.ClickException(
+            f"cells failed, for the reasons in {out / 'results'}; the same command tries them again"
+        )
+    if ended is Ended.CUT:
+        click.echo(f"stopped before the end of stage {stage}; the same command goes on")
         raise SystemExit(TIME_OVER)
+    click.echo(f"all done: {out / 'results'}")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ def manifold_metrics(
     reference plus the jackknife's over 20 blocks of samples (see `bench.intervals.jackknife`), which errs on the wide side where
     a figure is not smooth in the samples: measured on digits, up to 1.7 times. Precision, recall and coverage are shares, and so
     are the ends of their intervals (see `bench.intervals.share_interval`). Precision and recall depend on the numbers of samples:
-    compare at equal ones. The cost is `N M + N^2 + M^2` distances; memory is some blocks of them.
+    compare at equal ones. A density of 0 has neither an error nor an upper end, since no sample shows in how many balls those lie
+    that lie in any. The cost is `N M + N^2 + M^2` distances; memory is some blocks of them.
 
     Args:
         features: (N, d), finite.
@@ -177,7 +178,7 @@ def manifold_metrics(
     return {
         "precision": _share(precise[:, None], level),
         "recall": _share(recalled, level),
-        "density": mean_interval(inside / coverage_neighbours, level, floor=0.0),
+        "density": _density(inside / coverage_neighbours, level),
         "coverage": _share(covered, level),
     }
 
@@ -228,6 +229,13 @@ def _share(inside: np.ndarray, level: float) -> Distance:
     whole, left_out = mean_interval(inside[:, 0], level), inside.shape[1] - 1
     spread = (left_out - 1) * float(np.var(inside[:, 1:].mean(axis=0))) if left_out else 0.0
     return share_interval(whole.value, math.sqrt(whole.standard_error**2 + spread), whole.count, level)
+
+
+def _density(inside: np.ndarray, level: float) -> Distance:
+    """The mean of the balls about each sample over k, (N,)."""
+    if not inside.any():
+        return Distance(0.0, 0.0, math.nan, math.nan, len(inside))
+    return mean_interval(inside, level, floor=0.0)
 
 
 def sliced_wasserstein(

@@ -423,6 +423,7 @@ def test_what_has_no_order_does_not_pass(name):
     assert all(row["note"] and math.isnan(row["stated"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_a_slope_above_the_stated_one_does_not_pass(monkeypatch):
     from bench.certify import gaussian
 

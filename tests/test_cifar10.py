@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -111,6 +112,20 @@ def test_a_misspelt_suite_is_told_before_anything_is_trained(folder: Path) -> No
     assert result.exit_code == 2
     assert "did you mean 'cifar10'" in result.output
     assert not (folder / "other").exists()
+
+
+def test_cells_that_failed_end_with_exit_code_1(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failed = [{"status": "done"}, {"status": "failed"}, {"status": "absent"}]
+    for name in ("load_model", "write_results", "terminal"):
+        monkeypatch.setattr(cifar10, name, lambda *_: SimpleNamespace(judge=SimpleNamespace(floors=lambda _: [])))
+    monkeypatch.setattr(cifar10, "run_suite", lambda *_: failed)
+    monkeypatch.setattr(cifar10, "STAGES", {"table": cifar10.measure})
+    given = ["--data", folder, "--out", tmp_path, "--device", "cpu", "--suite", folder / "suite.yaml"]
+    result = CliRunner().invoke(cifar10.main, list(map(str, given)))
+    assert result.exit_code == 1
+    assert "cells failed, for the reasons in" in " ".join(result.output.split())
+    failed.pop(1)
+    assert CliRunner().invoke(cifar10.main, list(map(str, given))).exit_code == 0
 
 
 def test_the_shipped_runs_are_of_the_size_they_say() -> None:

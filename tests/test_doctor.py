@@ -236,6 +236,7 @@ def real(tmp_path: Path, monkeypatch: Any) -> dict[str, Path]:
     return files
 
 
+@pytest.mark.slow
 def test_the_command_finds_mistakes_on_an_extractor_with_real_images(real: dict[str, Path], tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", images=IMAGES)
     seen = load_examiner(JudgeSpec(extractor="pixels", reference=str(real["train"])), (1, SIZE, SIZE))

@@ -183,6 +183,7 @@ def test_only_calls_from_the_start_noise_are_shared(gmm: BenchModel, tmp_path: P
     assert not gmm.meter._known
 
 
+@pytest.mark.slow
 def test_an_error_controlled_row_is_another_in_other_batches(gmm: BenchModel, tmp_path: Path) -> None:
     suite = SUITE.changed(["rk45", "ddim"], nfe=[400])
     whole = measure(suite, gmm, tmp_path)
@@ -225,6 +226,7 @@ def test_shards_together_measure_every_cell_once(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(parts, whole)
 
 
+@pytest.mark.slow
 def test_shards_in_folders_of_their_own_merge_to_the_table_of_all(tmp_path: Path) -> None:
     given = ("--num-samples", 40, "--nfe", "2,4", "--samplers", "ddpm,ddim", "--metrics", "rmse", "--out")
     for i in range(2):
@@ -332,6 +334,7 @@ def test_every_row_has_its_sequential_depth(gmm: BenchModel, tmp_path: Path) -> 
     assert all("guided_evaluations" not in row for row in rows)
 
 
+@pytest.mark.slow
 def test_a_suite_of_several_models_has_a_table_for_each(tmp_path: Path) -> None:
     document = {**SUITE.model_dump(mode="json", exclude_unset=True), "model": ["gmm", "gmm-3"], "nfe": [2]}
     file = tmp_path / "two.yaml"

@@ -153,6 +153,7 @@ def test_a_scale_for_each_sample(classes):
         guided(X[:3], 0.4, class_labels=LABELS[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["interval", "perp-neg"])
 def test_compiled(way):
     guided, cond = WAYS[way][0](linear()), {"class_labels": torch.tensor([0, 2, 2, 0])}

@@ -263,6 +263,7 @@ def test_the_latent_suite_judges_and_shows_pixels(tiny_folder: Any, images: Path
     assert pd.read_csv(tmp_path / "out" / "table.csv")["seconds"].tolist() == table["seconds"].tolist()
 
 
+@pytest.mark.slow
 def test_the_latent_suite_on_a_pixart_from_the_hub(
     tiny_folder: Any, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,7 @@ def test_constant_step_weights_miss_by_a_twelfth_of_the_change_of_step():
             assert mean - 1 / 2 == pytest.approx(-constant * excess, rel=0.02)
 
 
+@pytest.mark.slow
 def test_ipndm_3_gets_to_its_second_order_late(problem_on):
     errors = [
         problem_on("vp_linear").error(make_plan("ipndm-3", VP, steps=n, grid="logsnr"))

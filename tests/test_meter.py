@@ -90,6 +90,7 @@ def test_learned_plans_and_direct_calls():
     assert model.counts == Counts(2, 5 + 10, 2)
 
 
+@pytest.mark.slow
 def test_the_model_itself_is_left_alone_and_each_counts_for_itself():
     model = metered(BASE)
     assert model.net is model.networks[0]

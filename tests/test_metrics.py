@@ -222,6 +222,7 @@ def test_bias_is_upward_and_of_order_one_over_n():
     assert bias[0] / bias[1] == pytest.approx(4.0, rel=0.35)
 
 
+@pytest.mark.slow
 def test_infinity_is_without_bias_and_its_interval_covers():
     """At 400 samples of 8 features the plain distance is off by more than its mean's error many times over."""
     a = random_moments(8, 1)

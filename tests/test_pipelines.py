@@ -60,6 +60,7 @@ def test_a_pipeline_is_a_model(folder: Path) -> None:
     assert model.judge.samples().shape == (300, 192)
 
 
+@pytest.mark.slow
 def test_a_suite_runs_on_a_pipeline_with_its_own_judge(folder: Path, tmp_path: Path) -> None:
     suite = {
         "name": "mine",

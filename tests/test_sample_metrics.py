@@ -183,6 +183,8 @@ def test_manifolds_of_the_reference_itself_and_of_samples_far_away():
         assert (same[name].high, far[name].low) == (1.0, 0.0), name
         assert same[name].low < 0.95, name
         assert far[name].high > 0.05, name
+    assert far["density"].low == 0.0
+    assert np.isnan([far["density"].high, far["density"].standard_error]).all()  # not an interval of no width
 
 
 def test_a_mode_that_is_missing_costs_recall_and_coverage_alone():

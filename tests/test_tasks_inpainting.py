@@ -42,6 +42,7 @@ def test_every_sampler_keeps_what_is_known(name, schedule):
         assert result.nfe == make_plan(name, schedule, steps=6).nfe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resamplings", [1, 10])
 def test_the_painted_part_follows_the_known_one(resamplings):
     """Two strongly correlated numbers: one is given, the other must agree; with resampling it does better."""

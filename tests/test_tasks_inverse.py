@@ -203,6 +203,7 @@ def test_time_travel_counts_its_calls():
         tasks.restore(gaussian(VP), operator, operator(X), "ddim", steps=5, resamplings=2, jump=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_run_with_every_sampler(method):
     operator, failed = OPERATORS["downsample"], {}

@@ -149,6 +149,7 @@ def test_slerp_of_parallel_ends_is_a_line():
     torch.testing.assert_close(tasks.slerp(a, b, 0.3)[0], a[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["slerp", "lerp"])
 def test_interpolation_ends_at_the_samples_of_every_sampler(exact, way):
     a, b = torch.randn(2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -166,6 +167,7 @@ def test_interpolation_ends_at_the_samples_of_every_sampler(exact, way):
     assert not failed
 
 
+@pytest.mark.slow
 def test_images_interpolate_with_every_deterministic_sampler(exact, data):
     failed = {}
     for entry in SAMPLERS:

@@ -100,6 +100,7 @@ def test_two_processes_divide_the_work_and_resume(kind: str, runs: Path) -> None
     assert max(shares) < whole or kind == "ddp"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_give_the_run_of_one(kind: str, runs: Path) -> None:
     one, two = (json.loads((runs / name / "checkpoints/step-00000008/log.json").read_text()) for name in ("one", kind))
@@ -113,6 +114,7 @@ def test_two_processes_give_the_run_of_one(kind: str, runs: Path) -> None:
         assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_process_goes_on_where_two_stopped(kind: str, runs: Path) -> None:
     resumed, expected = (Trainer(Phased(phased_config()), runs / name) for name in (kind, "one"))
