@@ -56,24 +56,12 @@ class Plan:
             raise PlanError(f"sigma_T: must be a finite number of at least 0, got {self.sigma_T!r}")
         if len(self.times) < 2 or not all(a > b for a, b in zip(self.times, self.times[1:], strict=False)):
             raise PlanError(f"times: must be at least 2 and decrease strictly, got {self.times}")
-        known, noises = {START}, 0
+        known, noises, steps = {START}, 0, self.steps
         for i, step in enumerate(self.instructions):
-            if isinstance(step, Evaluate):
-                if step.kind not in KINDS:
-                    raise PlanError(f"instructions[{i}].kind: must be one of {KINDS}, got {step.kind!r}")
-                if step.src[:1] == "z":
-                    raise PlanError(f"instructions[{i}].src: must be a state, got the noise {step.src!r}")
-                used: tuple[str, ...] = (step.src,)
-                numbers: tuple[float, ...] = (step.t, step.alpha, step.sigma)
-            else:
-                used, numbers = zip(*step.terms, strict=True) if step.terms else ((), ())
-                if step.node is not None and not 1 <= step.node <= self.steps:
-                    raise PlanError(f"instructions[{i}].node: must be 1 to {self.steps}, got {step.node}")
+            used, numbers = _uses(step, i, steps)
             # one sum is quicker than a look at each, and only ever too careful
             if not math.isfinite(sum(numbers)) and not all(map(math.isfinite, numbers)):
                 raise PlanError(f"instructions[{i}]: not finite: {step}")
-            if isinstance(step, Evaluate):
-                _check_level(step, f"instructions[{i}]")
             distinct = set(used)
             if not known.issuperset(distinct):
                 for name in used:
@@ -242,13 +230,23 @@ def _converted(step: Evaluate, state: np.ndarray, output: np.ndarray) -> np.ndar
     return (state - other * output) / own
 
 
-def _check_level(call: Evaluate, path: str) -> None:
-    """Raise PlanError where no state `alpha x0 + sigma eps` can be at a call."""
-    for name, value in (("alpha", call.alpha), ("sigma", call.sigma)):
+def _uses(step: Instruction, i: int, steps: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The names that instruction i uses, and its numbers; PlanError for a field that cannot be."""
+    if isinstance(step, Combine):
+        if step.node is not None and not 1 <= step.node <= steps:
+            raise PlanError(f"instructions[{i}].node: must be 1 to {steps}, got {step.node}")
+        used, numbers = zip(*step.terms, strict=True) if step.terms else ((), ())
+        return used, numbers
+    if step.kind not in KINDS:
+        raise PlanError(f"instructions[{i}].kind: must be one of {KINDS}, got {step.kind!r}")
+    if step.src[:1] == "z":
+        raise PlanError(f"instructions[{i}].src: must be a state, got the noise {step.src!r}")
+    for name, value in (("alpha", step.alpha), ("sigma", step.sigma)):
         if value < 0:
-            raise PlanError(f"{path}.{name}: must be at least 0, got {value!r}")
-    if call.alpha == call.sigma == 0:
-        raise PlanError(f"{path}.sigma: must be above 0 where alpha is 0, got {call.sigma!r}")
+            raise PlanError(f"instructions[{i}].{name}: must be at least 0, got {value!r}")
+    if step.alpha == step.sigma == 0:
+        raise PlanError(f"instructions[{i}].sigma: must be above 0 where alpha is 0, got {step.sigma!r}")
+    return (step.src,), (step.t, step.alpha, step.sigma)
 
 
 class _Reader:

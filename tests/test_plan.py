@@ -44,7 +44,7 @@ X1 = Combine("x1", (("x_T", 0.5), ("o0", 0.25)), 1)
         ((evaluate(), Combine("x1", (("o0", math.nan),))), r"instructions\[1\]: not finite"),
         ((evaluate(), Combine("x1", (("o0", math.inf),))), r"instructions\[1\]: not finite"),
         ((evaluate(t=math.nan), X1), r"instructions\[0\]: not finite"),
-        ((evaluate(alpha=math.inf, sigma=-math.inf), X1), r"instructions\[0\]: not finite"),
+        ((evaluate(t=-math.inf, alpha=math.inf), X1), r"instructions\[0\]: not finite"),
         ((), "instructions: the last one must be a combine"),
         ((evaluate(),), "instructions: the last one must be a combine"),
         ((Combine("x1", (("z1", 1.0),)),), r"instructions\[0\]: uses 'z1' before it exists"),
