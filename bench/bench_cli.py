@@ -178,23 +178,27 @@ def _measure(run: Any) -> int:
         return 0
     if run.overhead is not None:
         say(f"engine: {100 * run.overhead:.1f} % beside sampling and judging")
-    missing = sum(row["status"] == "missing" for row in rows)
+    title, missing = write_results(suite, model, folder, device, rows, run.record), _missing(rows)
+    while missing and _missing(again := run.known()) < missing:  # another shard ended meanwhile, and may have written before
+        rows, missing = again, _missing(again)
+        title = write_results(suite, model, folder, device, rows, run.record)
     if missing:
         say(
             f"{missing} of {len(rows)} cells are left to other shards; the command without --shard makes the table of all, "
             "and fewstep merge that of shards in several folders"
         )
-        there = [row for row in rows if row["status"] != "missing"]
-        if there:
-            write_results(suite, model, folder, device, there, run.record)
     else:
-        title = write_results(suite, model, folder, device, rows, run.record)
         run.console.print(terminal(rows, model.judge.floors(suite.num_samples), title, suite.note))
         say(f"table, plot and pictures: {folder}")
     failed = sum(row["status"] == "failed" for row in rows)
     if failed:
         say(f"{failed} of {len(rows)} cells failed, for the reasons in the table; the same command tries them again")
     return FAILED if failed else 0
+
+
+def _missing(rows: Sequence[Any]) -> int:
+    """How many are left to other shards."""
+    return sum(row["status"] == "missing" for row in rows)
 
 
 def _judge(extractor: str | None, reference: str | None) -> dict[str, str] | None:

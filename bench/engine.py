@@ -74,6 +74,7 @@ class Run:
         self._tell: Callable[[str], None] = lambda text: self.console.print(text, soft_wrap=True, highlight=False)
         self._store = Store(self.out, self._tell)
         self._solutions: dict[int, Arrays | SamplingError] = {}  # by seed
+        self._found: dict[int, Row] = {}  # by number of the cell
 
     def rows(self) -> list[Row]:
         """Measure every cell of the shard that is not yet in the folder, and return the rows of all that are known.
@@ -100,15 +101,15 @@ class Run:
                         raise OutOfTimeError("the run's time is over, and other processes have the cells that are left")
                     time.sleep(_WAIT)
                 queue = waiting
-        for number, cell in enumerate(self.cells):
-            if number not in found:
-                made_by = identity(cell, self.running.device)
-                left = cell.without if cell.problem else {"status": "missing", "reason": "left to another shard"}
-                found[number] = self._row(cell, self._store.get(made_by) or {**made_by, **left})
-        self._clean(found)
+        self._found, rows = found, self.known()
+        self._clean(rows)
         self.cost["wall"] += time.perf_counter() - began
-        order = sorted(found, key=lambda number: (self.cells[number].role == "teacher", number))
-        return [found[number] for number in order]
+        return rows
+
+    def known(self) -> list[Row]:
+        """As `rows`, of what is measured by now, by other shards too; nothing is measured."""
+        order = sorted(range(len(self.cells)), key=lambda number: (self.cells[number].role == "teacher", number))
+        return [self._found.get(number) or self._stored(self.cells[number]) for number in order]
 
     @property
     def overhead(self) -> float | None:
@@ -186,6 +187,12 @@ class Run:
         self.cost["sampling"] += blocks.added.get("seconds", 0.0)  # and none of a run that was stopped
         self.cost["judging"] += blocks.added.get("judging_seconds", 0.0) + figures
 
+    def _stored(self, cell: Cell) -> Row:
+        """The row of a cell that this process was not to measure."""
+        made_by = identity(cell, self.running.device)
+        left = cell.without if cell.problem else {"status": "missing", "reason": "left to another shard"}
+        return self._row(cell, self._store.get(made_by) or {**made_by, **left})
+
     def _off_the_path(self, cell: Cell, reason: str, advance: Advance) -> Row:
         """Measure what of a cell does not compare with the many-step run.
 
@@ -225,11 +232,11 @@ class Run:
             raise SamplingError(f"the many-step run failed: {found}")
         return found
 
-    def _clean(self, found: dict[int, Row]) -> None:
+    def _clean(self, rows: list[Row]) -> None:
         self._solutions.clear()
         for model in {id(cell.model): cell.model for cell in self.cells}.values():
             model.meter.forget()
-        if self.running.workers.leads and all(row["status"] != "missing" for row in found.values()):
+        if self.running.workers.leads and all(row["status"] != "missing" for row in rows):
             for cell in self.cells:
                 if cell.is_solution:
                     self._store.remove(identity(cell, self.running.device))

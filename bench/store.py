@@ -18,27 +18,28 @@ from typing import Any
 from bench.blocks import Blocks
 
 _ROOT = Path(__file__).parent.parent
-# the sources that can change a number; a solver's own code is covered by the hash of the plan it makes
+# The sources that can change a number. Solvers that make plans are covered by the hash of the plan; those that choose their
+# steps as they go have none, so that the registry, which says how they are integrated, is among the sources.
 _SOURCES = (
     *("samplers/execute.py", "samplers/program.py", "samplers/model.py", "samplers/noise.py", "samplers/compiled.py"),
+    *("samplers/registry.py", "samplers/job.py", "samplers/sampling.py", "samplers/nodes.py", "samplers/transform.py"),
     *("samplers/adaptive.py", "samplers/adaptive_dpm.py", "samplers/solvers/exponential.py", "samplers/schedule.py"),
-    *("samplers/grid.py", "bench/zoo.py", "bench/meter.py", "distill/student.py"),
-    *("samplers/meter.py", "bench/guidance.py", "samplers/guidance/guided.py", "samplers/guidance/classifier_free.py"),
-    *("samplers/guidance/conditions.py", "samplers/guidance/projected.py", "samplers/guidance/other_models.py"),
-    *("samplers/guidance/threshold.py", "samplers/guidance/wrapped.py"),
+    *("samplers/solvers/first_order.py", "samplers/solvers/weights.py", "samplers/draft.py"),
+    *("samplers/grid.py", "samplers/grid_points.py", "samplers/meter.py"),
+    *("samplers/guidance/guided.py", "samplers/guidance/classifier_free.py", "samplers/guidance/conditions.py"),
+    *("samplers/guidance/projected.py", "samplers/guidance/other_models.py", "samplers/guidance/threshold.py"),
+    "samplers/guidance/wrapped.py",
+    *("samplers/adapters/diffusers/models.py", "samplers/adapters/diffusers/networks.py"),
+    *("samplers/adapters/diffusers/training.py", "samplers/adapters/diffusers/classes.py"),
+    *("samplers/adapters/diffusers/keys.py", "samplers/adapters/latent.py", "samplers/adapters/weights.py"),
+    *("samplers/adapters/variance.py", "samplers/adapters/edm.py"),
+    *("distill/network.py", "distill/student.py", "distill/checkpoint.py"),
     *("bench/mixture.py", "bench/posterior.py", "bench/spectral.py", "bench/ideal.py", "bench/problems.py"),
     *("bench/mixture_file.py", "bench/network.py", "bench/pipelines.py", "bench/students.py", "bench/measure.py"),
     *("bench/features.py", "bench/extractors.py", "bench/reference.py", "bench/judge.py", "bench/moments.py"),
     *("bench/intervals.py", "bench/metrics.py", "bench/sample_metrics.py", "bench/solver_error.py", "bench/judging.py"),
-    *("samplers/adapters/diffusers/models.py", "samplers/adapters/diffusers/networks.py", "distill/network.py"),
-    *("samplers/adapters/diffusers/training.py", "samplers/adapters/latent.py"),
-    *(
-        "samplers/adapters/variance.py",
-        "bench/prompts.py",
-        "bench/overlap.py",
-        "bench/edm.py",
-        "samplers/adapters/edm.py",
-    ),
+    *("bench/zoo.py", "bench/meter.py", "bench/guidance.py", "bench/prompts.py", "bench/overlap.py", "bench/edm.py"),
+    *("bench/blocks.py", "bench/data.py", "bench/workers.py", "bench/shipped.py"),
 )
 _OWN = ("bench", "samplers", "distill")  # packages
 WORK = "work"  # what is not finished

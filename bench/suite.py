@@ -79,7 +79,10 @@ class SamplerSpec(Strict):
 
     @model_validator(mode="after")
     def _known_options(self) -> SamplerSpec:
-        get_sampler(self.sampler).check_options(self.options)
+        try:
+            get_sampler(self.sampler).check_options(self.options)
+        except TypeError as error:  # as a ValueError it is told with file, line and field
+            raise ValueError(str(error)) from error
         if self.options and not get_sampler(self.sampler).adaptive:
             _check_values(self.sampler, self.options)
         return self

@@ -28,6 +28,7 @@ from bench.blocks import Blocks
 from bench.cli import main
 from bench.engine import Run, run_suite
 from bench.measure import OutOfTimeError, Running
+from bench.report import write_results
 from bench.suite import SamplerSpec, Suite, load_suite
 from bench.zoo import BenchModel, load_model
 
@@ -216,7 +217,8 @@ def test_shards_together_measure_every_cell_once(tmp_path: Path) -> None:
     part = bench(*given, tmp_path / "parts", "--shard", "0/2")
     assert part.exit_code == 0, part.output
     assert "2 of 5 cells are left to other shards" in part.output
-    assert len(pd.read_csv(tmp_path / "parts" / "table.csv")) == 3
+    assert sorted(pd.read_csv(tmp_path / "parts" / "table.csv")["status"]) == ["done"] * 3 + ["missing"] * 2
+    assert "left to another shard" in (tmp_path / "parts" / "table.md").read_text()
     before = {path: path.read_bytes() for path in (tmp_path / "parts/cells").glob("*.json")}
     assert len(before) == 3
     assert bench(*given, tmp_path / "parts", "--shard", "1/2").exit_code == 0
@@ -237,14 +239,28 @@ def test_shards_in_folders_of_their_own_merge_to_the_table_of_all(tmp_path: Path
     )
     assert merged.exit_code == 0, merged.output
     parts, whole = (pd.read_csv(tmp_path / name / "table.csv") for name in ("m", "whole"))
-    key = ["role", "label", "budget"]
-    columns = [*key, "value", "low", "high", "rmse", "model_value"]
-    pd.testing.assert_frame_equal(
-        parts.sort_values(key)[columns].reset_index(drop=True), whole.sort_values(key)[columns].reset_index(drop=True)
-    )
+    columns = ["role", "label", "budget", "value", "low", "high", "rmse", "model_value"]
+    pd.testing.assert_frame_equal(parts[columns], whole[columns])
     for name in ("m", "whole"):
         assert "The model itself" in (tmp_path / name / "table.md").read_text()
         assert (tmp_path / name / "report.html").stat().st_size > 1000
+
+
+def test_a_shard_that_ends_last_writes_what_others_measured_meanwhile(tmp_path: Path, monkeypatch: Any) -> None:
+    given = ("--num-samples", 40, "--nfe", "2", "--samplers", "ddpm,ddim", "--out", tmp_path, "--shard")
+    written: list[int] = []
+
+    def write(*arguments: Any) -> str:
+        title = write_results(*arguments)
+        written.append(sum(row["status"] == "missing" for row in arguments[4]))
+        if len(written) == 1:  # the other shard begins and ends between what the first read and its end
+            assert bench(*given, "1/2").exit_code == 0
+        return title
+
+    monkeypatch.setattr("bench.report.write_results", write)
+    assert bench(*given, "0/2").exit_code == 0
+    assert written == [1, 0, 0]
+    assert (pd.read_csv(tmp_path / "table.csv")["status"] == "done").all()
 
 
 @pytest.mark.parametrize(

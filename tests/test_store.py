@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
+from bench import store as store_module
 from bench.store import Store, key_of
 
 IDENTITY = {"sampler": "ddim", "budget": 5, "options": {"eta": 0.0}}
@@ -75,3 +78,28 @@ def test_a_claim_excludes_other_processes_until_its_own_is_killed(tmp_path: Path
                 return
         time.sleep(0.05)
     pytest.fail("the claim outlived its process")
+
+
+LEAVE_NUMBERS_ALONE = (
+    *("samplers/solvers/*", "samplers/plan.py"),  # the hash of the plan covers what they make
+    *("*/__init__.py", "samplers/errors.py", "samplers/plugins.py", "distill/config.py", "distill/documents.py"),
+    *("bench/cells.py", "bench/suite.py", "bench/store.py"),  # what they resolve is the key itself
+    *("bench/floor.py", "bench/provenance.py", "bench/results.py", "bench/tuning.py"),  # stand beside the number
+)
+
+
+def test_every_source_that_a_number_hangs_on_is_in_its_key() -> None:
+    root, sources = Path(store_module.__file__).parents[1], set(store_module._SOURCES)
+    missing = {file for name in sources for file in imported(root, name)} - sources
+    assert {name for name in missing if not any(fnmatch(name, known) for known in LEAVE_NUMBERS_ALONE)} == set()
+    assert "samplers/registry.py" in sources  # it says how an error-controlled sampler is integrated
+
+
+def imported(root: Path, name: str) -> list[str]:
+    """The project's files that a file imports, anywhere in it."""
+    modules = []
+    for node in ast.walk(ast.parse((root / name).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    files = [f"{module.replace('.', '/')}{end}" for module in modules for end in (".py", "/__init__.py")]
+    return [file for file in files if file.startswith(("bench/", "samplers/", "distill/")) and (root / file).is_file()]
