@@ -179,7 +179,9 @@ def _measure(run: Any) -> int:
     if run.overhead is not None:
         say(f"engine: {100 * run.overhead:.1f} % beside sampling and judging")
     title, missing = write_results(suite, model, folder, device, rows, run.record), _missing(rows)
-    while missing and _missing(again := run.known()) < missing:  # another shard ended meanwhile, and may have written before
+    while (
+        missing and _missing(again := run.known()) < missing
+    ):  # another shard ended meanwhile, and may have written before
         rows, missing = again, _missing(again)
         title = write_results(suite, model, folder, device, rows, run.record)
     if missing:

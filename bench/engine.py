@@ -15,10 +15,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from bench.blocks import Blocks
 from bench.cells import Cell, Row, identity, resolve
 from bench.judging import Arrays
-from bench.measure import Advance, OutOfTimeError, Running, film, measure, sampled, shown
-from bench.plots import save_film, save_samples
+from bench.measure import Advance, OutOfTimeError, Running, measure, sampled
+from bench.pictures import are_there, of_first_samples, save_pictures
 from bench.results import unknown_figure
-from bench.store import Store
+from bench.store import Store, key_of
 from bench.suite import Suite
 from bench.table import value_text
 from bench.zoo import BenchModel
@@ -101,7 +101,8 @@ class Run:
                         raise OutOfTimeError("the run's time is over, and other processes have the cells that are left")
                     time.sleep(_WAIT)
                 queue = waiting
-        self._found, rows = found, self.known()
+        self._found = found
+        rows = self.known()
         self._clean(rows)
         self.cost["wall"] += time.perf_counter() - began
         return rows
@@ -142,8 +143,10 @@ class Run:
                 return False
             if record is None:
                 record = workers.agreed(self._outcome(cell, made_by, partial(progress.advance, task)))
-            elif mine and workers.leads and not cell.is_solution:
-                self._store.blocks(made_by).remove()  # of a process that was killed between record and removal
+            elif mine:
+                if workers.leads and not cell.is_solution:
+                    self._store.blocks(made_by).remove()  # of a process that was killed between record and removal
+                self._show_again(cell, made_by)
         if not cell.problem:  # also where it took fewer calls than it might
             progress.update(task, completed=before + cell.calls * cell.num_samples)
         found[number] = self._row(cell, record)
@@ -169,10 +172,7 @@ class Run:
             cell.model.metered.compiled.clear()  # a loop is compiled for one plan, and no other cell has it
         if not outcome:  # the leading process has it
             return {}
-        picture = self.out / "samples" / cell.file_name
-        save_samples(shown(cell, arrays), picture, images=cell.model.images)
-        if cell.model.images and arrays["film"].shape[1]:
-            save_film(film(arrays), picture.with_name(f"{picture.stem}-path.png"))
+        save_pictures(cell, arrays, self.out / "samples", key_of(made_by))
         record = self._store.put(made_by, outcome)
         figures = outcome["judging_seconds"] - blocks.total("judging_seconds")
         if not cell.is_solution:
@@ -180,6 +180,17 @@ class Run:
         self._add_cost(began, blocks, figures)
         self.cost["cells"] += 1
         return record
+
+    def _show_again(self, cell: Cell, made_by: Row) -> None:
+        """Make the pictures of a measured cell where they are gone, or are those of another cell of its label and budget."""
+        folder, key, few = self.out / "samples", key_of(made_by), of_first_samples(cell)
+        if cell.problem or self.running.workers.agreed(are_there(cell, folder, key)):
+            return
+        blocks = self._store.blocks(identity(few, self.running.device))
+        arrays = sampled(few, self.running, blocks)
+        if self.running.workers.leads:
+            save_pictures(few, arrays, folder, key)
+            blocks.remove()
 
     def _add_cost(self, began: float, blocks: Blocks, figures: float = 0.0) -> None:
         """Count the time since `began`, in which these blocks, and figures in so many seconds, were made."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageColor, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from bench.features import quantise
@@ -26,6 +27,7 @@ _ENTRY = 0.2  # inches of height that a line of the legend takes
 _COLUMNS = 10
 _ENLARGE, _SMALL = 2, 64  # how much, and up to which side in pixels
 _COMPRESSION = 4  # of PNG: on samples as small as 6, for less than half of the time
+_KEY = "cell"  # of a PNG's text
 _FRAME, _LAST_FRAME = 120, 1500  # milliseconds
 _TITLE = 52  # letters a line that the axes are wide enough for
 _SCATTER, _DOT = 480, 1.5  # pixels: side of the picture, radius of a point
@@ -135,34 +137,45 @@ def _finish(axes: Any, done: Sequence[Row], ticks: Sequence[float], title: str) 
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3.5)
 
 
-def save_samples(samples: Tensor, path: Path, images: bool) -> None:
+def save_samples(samples: Tensor, path: Path, images: bool, key: str = "") -> None:
     """A picture of samples: a grid of images, ten a row, or a scatter of the first two coordinates.
 
     Args:
         samples: (N, C, H, W) in [-1, 1], or (N, D).
         path: of the PNG.
         images: which of the two.
+        key: what `key_in` tells of the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if images:
-        Image.fromarray(_tiled(quantise(samples))).save(path, compress_level=_COMPRESSION)
-    else:
-        _save_scatter(samples.flatten(1), path)
+    _save(Image.fromarray(_tiled(quantise(samples))) if images else _scatter(samples.flatten(1)), path, key)
 
 
-def save_film(states: Tensor, path: Path) -> None:
+def save_film(states: Tensor, path: Path, key: str = "") -> None:
     """A picture of the way to samples: a row for each, with at most ten of its states from left to right, the last among them.
 
     Args:
         states: (N, frames, C, H, W), of size about 1.
         path: of the PNG.
+        key: what `key_in` tells of the file.
     """
     frames = states.shape[1]
     chosen = torch.linspace(0, frames - 1, min(frames, _COLUMNS)).round().long()
+    _save(Image.fromarray(_tiled(quantise(states[:, chosen].flatten(0, 1)), len(chosen))), path, key)
+
+
+def key_in(path: Path) -> str:
+    """The key with which a picture was saved; nothing where there is no picture, or none of these."""
+    try:
+        with Image.open(path) as picture:
+            return str(picture.info.get(_KEY, ""))
+    except OSError:
+        return ""
+
+
+def _save(picture: Image.Image, path: Path, key: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(_tiled(quantise(states[:, chosen].flatten(0, 1)), len(chosen))).save(
-        path, compress_level=_COMPRESSION
-    )
+    text = PngInfo()
+    text.add_text(_KEY, key)
+    picture.save(path, compress_level=_COMPRESSION, pnginfo=text)
 
 
 def save_animation(states: Tensor, path: Path) -> None:
@@ -192,7 +205,7 @@ def _tiled(images: Tensor, columns: int = _COLUMNS) -> np.ndarray:
     return picture.squeeze(-1).numpy() if channels == 1 else picture.numpy()
 
 
-def _save_scatter(points: Tensor, path: Path) -> None:
+def _scatter(points: Tensor) -> Image.Image:
     """Points (N, D) by their first two coordinates, on equal axes that hold nearly all of them."""
     xy = np.stack([points[:, 0].numpy(), points[:, min(1, points.shape[1] - 1)].numpy()], 1).astype(np.float64)
     middle = np.median(xy, axis=0)
@@ -203,4 +216,4 @@ def _save_scatter(points: Tensor, path: Path) -> None:
     draw = ImageDraw.Draw(picture)
     for x, y in pixels.clip(-_SCATTER, 2 * _SCATTER):
         draw.ellipse((x - _DOT, y - _DOT, x + _DOT, y + _DOT), fill=1)
-    picture.save(path)
+    return picture

@@ -281,10 +281,10 @@ def _plan(row: Any, model: str) -> tuple[Any, str]:
     plan = make_plan(row["sampler"], network.model.schedule, **_arguments(row))
     if hashlib.sha256(plan.to_json().encode()).hexdigest()[:16] == row.get("plan_hash"):
         return plan, ""
-    if network.hash != row.get("model_hash"):
-        why = f"that of a model other than {model}"
-    elif code_fingerprint() != row.get("code"):
+    if code_fingerprint() != row.get("code"):
         why = "made by another version of fewstep, whose numbers may differ in their last digits"
+    elif network.hash != row.get("model_hash"):
+        why = f"that of a model other than {model}"
     else:
         why = "made on another processor, whose numbers differ in their last digits"
     return plan, f" (not bit for bit the measured plan, which was {why})"

@@ -21,8 +21,8 @@ def tuning_of(spec: SamplerSpec, model: str) -> Row:
     """The columns `tuned`, what a row was tuned on, and `tuned_metrics`, which of the metrics that concerns; none where nothing.
 
     What the suite says of a row holds for every metric. Without that, a row on its sampler's recommended grid, named or not, is
-    one of those that `bench.grid_sweep` chose on the mixtures `gmm` and on the shipped model `mnist`: by the error, or of a sampler that uses
-    noise by the distance.
+    one of those that `bench.grid_sweep` chose on the mixtures `gmm` and on the shipped model `mnist`: by the error, or of a
+    sampler that uses noise by the distance.
 
     Args:
         spec: of the row.

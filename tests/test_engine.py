@@ -203,3 +203,20 @@ def test_a_row_may_ask_for_the_analytical_first_step():
     (cell, _), (other, _) = resolve(spared, model, "cpu"), resolve(suite, model, "cpu")
     assert cell.plan.nfe == other.plan.nfe == 5
     assert (cell.plan.steps, other.plan.steps) == (6, 5)
+
+
+def test_pictures_are_those_of_the_table_also_where_they_were_gone_or_anothers(gmm, tmp_path):
+    def pictured(grid):
+        row = SamplerSpec(sampler="ddim", label="mine", grid=grid)
+        changed = SUITE.model_copy(update={"samplers": (row,), "nfe": (2,)})
+        measure(changed, gmm, tmp_path)
+        return (tmp_path / "samples" / "mine-nfe2.png").read_bytes()
+
+    first, other = pictured("karras"), pictured("logsnr")
+    assert other != first
+    cells = {path: path.read_bytes() for path in (tmp_path / "cells").glob("*.json")}
+    assert pictured("karras") == first  # from its cell, and not beside the picture of the other grid
+    (tmp_path / "samples" / "mine-nfe2.png").unlink()
+    assert pictured("karras") == first
+    assert {path: path.read_bytes() for path in (tmp_path / "cells").glob("*.json")} == cells
+    assert not list((tmp_path / "work").glob("*/*"))

@@ -215,7 +215,8 @@ def test_a_recommended_grid_was_tuned_on_the_error_that_judges_it(rows: list[dic
     [
         ({"sampler": "heun"}, "gmm-16", True),
         ({"sampler": "heun"}, "mnist", True),
-        ({"sampler": "heun", "grid": "karras"}, "gmm", False),
+        ({"sampler": "heun", "grid": "karras"}, "gmm", True),  # the recommended one by its name
+        ({"sampler": "heun", "grid": "logsnr"}, "gmm", False),
         ({"sampler": "heun"}, "cifar10-gmm", False),
         ({"sampler": "rk45"}, "gmm", False),
         ({"sampler": "euler-ancestral"}, "gmm", False),

@@ -105,6 +105,10 @@ def test_the_exact_suite_has_every_deterministic_sampler():
         ({"num_samples": "many"}, "num_samples"),
         ({"samplers": ["dimd"]}, "unknown sampler 'dimd'; did you mean 'ddim'"),
         ({"samplers": [{"sampler": "ddim", "options": {"etta": 1}}]}, "unknown option .* 'etta'; did you mean 'eta'"),
+        (
+            {"samplers": [{"sampler": "ddim", "options": {"eta": "foo"}}]},
+            r"line \d+: samplers\.0: eta of sampler 'ddim' must be like its default 0\.0, got 'foo'",
+        ),
         ({"samplers": ["ddim", "heun", "ddim"]}, r"line \d+: samplers: label 'ddim' stands for two rows, 1 and 3"),
         ({"samplers": [{"sampler": "unipc-2", "options": {"variant": "bh3"}}]}, r"samplers\.0: unknown variant 'bh3'"),
         ({"nfe": 4}, "line 3: nfe: must be a list, got 4"),
