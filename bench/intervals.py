@@ -165,9 +165,10 @@ def jackknife(
 def combined(distances: Sequence[Distance], level: float = 0.95, *, share: bool = False) -> Distance:
     """The mean over K runs that differ in their seed alone.
 
-    With `e_k` the runs' standard errors, that of the mean is `sqrt(sum_k e_k^2) / K`. It holds what each run knows of its
-    own samples; from K = 3 on it is at least the standard deviation of the values over sqrt(K), which also holds what runs
-    have in common within but not between (a student's training, say). The larger of two estimates errs on the wide side.
+    With `e_k` the runs' standard errors, that of the mean is `sqrt(sum_k e_k^2) / K`, which holds what each run knows of its own
+    samples. From K = 3 on the standard deviation of the values over sqrt(K) also holds what runs have in common within but not
+    between (a student's training, say); it is known from K values alone, and so has Student's quantile with K - 1 degrees of
+    freedom. Of the two intervals each end is the wider one's, and the standard error is the larger: that errs on the wide side.
 
     The ends of a mean of shares are as far from it as those of the runs are from theirs, `sqrt(sum_k (high_k - value_k)^2) / K`
     above and likewise below (Zou & Donner 2008, doi:10.1002/sim.3095), which leaves [0, 1] never; where the values' spread says
@@ -186,17 +187,18 @@ def combined(distances: Sequence[Distance], level: float = 0.95, *, share: bool 
     """
     if not distances:
         raise ValueError("distances must hold at least one, got none")
-    values = np.array([distance.value for distance in distances])
+    tail, values = _tail(level), np.array([distance.value for distance in distances])
+    mean, count = float(values.mean()), sum(distance.count for distance in distances)
     inside = _length([distance.standard_error for distance in distances]) / len(values)
     between = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) >= 3 else 0.0
-    floor = 0.0 if min(distance.low for distance in distances) >= 0 else -math.inf
-    count, error = sum(distance.count for distance in distances), max(inside, between)
-    if not share:
-        return interval(float(values.mean()), error, count, level, floor=floor)
-    mean = interval(float(values.mean()), error if between > inside else 0.0, count, level, floor=0.0, ceiling=1.0)
-    below = _length([distance.value - distance.low for distance in distances]) / len(values)
-    above = _length([distance.high - distance.value for distance in distances]) / len(values)
-    return Distance(mean.value, min(mean.low, mean.value - below), max(mean.high, mean.value + above), error, count)
+    spread = float(stdtrit(len(values) - 1, tail)) * between if between else 0.0
+    below = above = float(ndtri(tail)) * inside
+    if share:
+        below = _length([distance.value - distance.low for distance in distances]) / len(values)
+        above = _length([distance.high - distance.value for distance in distances]) / len(values)
+    floor = 0.0 if share or min(distance.low for distance in distances) >= 0 else -math.inf
+    low, high = max(floor, mean - max(below, spread)), min(1.0 if share else math.inf, mean + max(above, spread))
+    return Distance(mean, low, high, max(inside, between), count)
 
 
 def _length(parts: Sequence[float]) -> float:

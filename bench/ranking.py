@@ -69,10 +69,9 @@ class Choice:
 def aggregated(rows: Sequence[Row]) -> list[Row]:
     """One row for each model, label and budget: several seeds become their mean.
 
-    The standard error of a mean of S seeds is `sqrt(sum se_i^2) / S`, and from three seeds on at least their standard
-    deviation over `sqrt(S)`; the interval is 1.96 of it to either side, and not below 0 where no seed's is. Calls are the
-    most of any seed, costs are means, and `seeds` counts those that were measured. A single row stays as it is. Where two
-    models have a row of the same label at one budget, the labels name the model.
+    Value and interval of several seeds are those of `intervals.combined`, calls the most of any seed, costs means, and `seeds`
+    counts those that were measured. A single row stays as it is. Where two models have a row of the same label at one budget,
+    the labels name the model.
 
     Args:
         rows: of a run, one for each cell and seed.

@@ -62,7 +62,7 @@ def test_mean_of_shares_keeps_to_their_range():
     near = combined([share(39, 40), share(40, 40), share(38, 40)], share=True)
     assert 0.8 < near.low < near.value < near.high <= 1.0
     apart = combined([share(20, 40), share(40, 40), share(40, 40)], share=True)
-    spread = scipy.stats.norm.ppf(0.975) * scipy.stats.sem([0.5, 1.0, 1.0])
+    spread = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem([0.5, 1.0, 1.0])
     assert apart.low == pytest.approx(5 / 6 - spread)
     assert apart.high == 1.0
 
@@ -138,6 +138,16 @@ def test_combined_follows_its_formula():
     assert narrow.standard_error == pytest.approx(0.5 / 3)
     assert narrow.high - narrow.value == pytest.approx(1.959964 * 0.5 / 3, rel=1e-6)
     assert combined([distance(2.0, 0.3)]).standard_error == 0.3
+
+
+@pytest.mark.parametrize("known", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_combined_covers_from_few_seeds_on(seeds, known):
+    """Of values of standard deviation 1, of which each run knows none, a quarter of the variance, or all."""
+    draws = np.random.default_rng(0).standard_normal((3000, seeds))
+    found = [combined([distance(v, known, low=-math.inf) for v in values]) for values in draws]
+    covered = np.mean([d.low <= 0.0 <= d.high for d in found])
+    assert covered == pytest.approx(0.95, abs=0.01) if known == 0.0 else covered > 0.94
 
 
 def test_combined_ends_at_zero_where_its_parts_do():
