@@ -11,7 +11,8 @@ import hashlib
 import html
 import io
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -42,33 +43,33 @@ def write_html_report(
     provenance: dict[str, Any],
     out: Path,
     note: str = "",
-    higher_is_better: Collection[str] = (),
 ) -> Path:
     """Write `out/report.html`, one file that needs no other and no network.
 
     Pictures are taken from `out/samples`: `<label>-nfe<budget>.png` and, of the way there, `<label>-nfe<budget>-path.png`;
     of the model itself `teacher-nfe<budget>.png`, else those of the sampler that runs the same plan. In the page they are WebP
-    without loss, not enlarged, since the browser does that, and show the ways of two samples.
+    without loss, not enlarged, since the browser does that, and show the ways of two samples. Where rows of two models would
+    have a picture of one name, neither has it, since the file is the other's as well as its own.
 
     Args:
-        rows: of a run; the seeds of a sampler at a budget become one point of the charts.
+        rows: of a run; the seeds of a model's sampler at a budget become one point of the charts. Where all failed, the page
+            says so, with their reasons.
         floors: of the primary distance; the first is drawn where it is positive.
         title: of the page.
         provenance: what made the run; shown as it is.
         out: folder of the run.
         note: what a reader should know of the whole run.
-        higher_is_better: names of further metrics of which this is so.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: no rows, or rows of two primary metrics.
+        ValueError: no rows, rows of two primary metrics, or as in `bench.ranking.aggregated`.
     """
     names = {row["metric"] for row in rows if "metric" in row}
     if len(names) != 1:
         raise ValueError(f"rows must be at least one, all of the same metric, got {len(rows)} of {sorted(names)}")
-    data = report_data(rows, floors, title, provenance, note, higher_is_better)
+    data = report_data(rows, floors, title, provenance, note)
     data["left_out"] = _add_pictures(data["points"], rows, out / "samples")
     write_text(out / _FILE, _page(data))
     return out / _FILE
@@ -76,13 +77,9 @@ def write_html_report(
 
 def _add_pictures(points: Sequence[Row], rows: Sequence[Row], samples: Path) -> int:
     """Give each point its pictures as data URIs, or None; returns how many did not fit into the page."""
-    plans = {rows[p["rows"][0]].get("plan_hash"): p["label"] for p in points if p["role"] == "sampler"}
     stored = {path.relative_to(samples).as_posix(): path for path in samples.rglob("*.png")}
     room, left_out = _PICTURE_LIMIT, 0
-    for point in points:
-        stems = [point["label"]]
-        if point["role"] == "teacher":
-            stems = ["teacher", *filter(None, [plans.get(rows[point["rows"][0]].get("plan_hash"))])]
+    for point, stems in zip(points, _stems(points, rows), strict=True):
         for name, ending in (("picture", ""), ("path", "-path")):
             found = (stored.get(f"{stem}-nfe{point['budget']}{ending}.png") for stem in stems)
             path = next(filter(None, found), None)
@@ -93,6 +90,20 @@ def _add_pictures(points: Sequence[Row], rows: Sequence[Row], samples: Path) -> 
             room -= len(content)
             point[name] = "data:image/webp;base64," + base64.b64encode(content).decode() if content else None
     return left_out
+
+
+def _stems(points: Sequence[Row], rows: Sequence[Row]) -> list[list[str]]:
+    """How the names of each point's pictures may begin; not at all where another point's would be the same."""
+    firsts = [rows[point["rows"][0]] for point in points]
+    names = [("teacher" if first["role"] == "teacher" else first["label"], first["budget"]) for first in firsts]
+    owners, plans, stems = Counter(names), dict[tuple[Any, Any], str](), list[list[str]]()
+    for first, name in zip(firsts, names, strict=True):
+        if first["role"] == "sampler" and owners[name] == 1:
+            plans[first.get("model"), first.get("plan_hash")] = first["label"]
+    for first, name in zip(firsts, names, strict=True):
+        same = plans.get((first.get("model"), first.get("plan_hash"))) if first["role"] == "teacher" else None
+        stems.append([name[0], *filter(None, [same])] if owners[name] == 1 else [])
+    return stems
 
 
 def _encoded(path: Path, ways: int | None = None) -> bytes:
@@ -120,7 +131,7 @@ def _page(data: Mapping[str, Any]) -> str:
     script = "\n".join((source / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     page = Template(template).substitute(
         title=html.escape(data["title"]),
-        note=_note(data["note"]),
+        note=_note(data),
         facts=_facts(data),
         style=style,
         style_hash=_hash(style),
@@ -144,18 +155,24 @@ def _hash(source: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
-def _note(note: str) -> str:
-    return f'<p class="note">{html.escape(note)}</p>' if note else ""
+def _note(data: Mapping[str, Any]) -> str:
+    """What a reader should know before all else."""
+    note = f'<p class="note">{html.escape(data["note"])}</p>' if data["note"] else ""
+    if any(point["status"] == "done" for point in data["points"]):
+        return note
+    counts = Counter(point["status"] for point in data["points"])
+    told = ", ".join(f"{count} {html.escape(status)}" for status, count in counts.items())
+    return f'{note}<p class="notice">Nothing was measured: {told}. Each row below says why.</p>'
 
 
 def _facts(data: Mapping[str, Any]) -> str:
-    """What holds for all rows, the model's own distance and the floor, as a list of terms."""
+    """What holds for all rows, the models' own distances and the floor, as a list of terms."""
     rows, primary = data["rows"], data["metrics"][0]
     shared = {name: {str(row[name]) for row in rows if row.get(name) not in (None, "")} for name in _FACTS}
     facts = {name.replace("_", " "): values.pop() for name, values in shared.items() if len(values) == 1}
     facts["seeds"] = ", ".join(sorted({str(row["seed"]) for row in rows if row.get("seed") is not None}))
-    if model := primary["model"]:
-        facts["the model itself"] = f"{model['text']} ({model['label']}, {model['nfe']:g} calls)"
+    for model in primary["models"]:
+        facts[model["name"]] = f"{model['text']} ({model['run']})" if len(primary["models"]) == 1 else model["text"]
     for floor in map(Floor.of_record, data["floors"]):
         name, _, value = floor_text(floor).rpartition(": ")
         facts[name[0].lower() + name[1:]] = value
@@ -188,10 +205,11 @@ def _cell(point: Mapping[str, Any] | None, metric: str) -> str:
     entry = point["metrics"][metric]
     value, _, half = entry["text"].partition(" \N{PLUS-MINUS SIGN} ")
     half = f" <small>\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}{half}</small>" if half else ""
-    marked = ((UNTRAINED, point["untrained"]), (TUNED, entry["tuned"]), (BEYOND, entry["below_model"]))
+    marked = ((UNTRAINED, point["untrained"]), (TUNED, entry["tuned"]), (BEYOND, entry["beyond"]))
     signs = "".join(sign for sign, holds in marked if holds)
-    kind = " ".join(filter(None, [entry["mark"], "below" if entry["below_model"] else ""]))
-    return f'<td class="{kind}"><span>{value}</span>{half}<sup>{signs}</sup></td>'
+    kind = " ".join(filter(None, [entry["mark"], "beyond" if entry["beyond"] else ""]))
+    tie = "= " if entry["mark"] == "tied" else ""
+    return f'<td class="{kind}">{tie}<span>{value}</span>{half}<sup>{signs}</sup></td>'
 
 
 def _plain_table(data: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 from bench.compare import shown
 from bench.floor import TEST, Floor
-from bench.ranking import aggregated, check_comparable, metrics_of
-from bench.report import write_page, write_tables
+from bench.html_report import write_html_report
+from bench.ranking import aggregated, check_comparable
+from bench.report import write_tables
 from bench.results import cells_of, read_rows
 from bench.store import write_text
 
@@ -56,8 +57,7 @@ def merge(folders: Sequence[Path], out: Path) -> list[Row]:
     said = dict.fromkeys(one["suite"].get("note", "") for one in made if isinstance(one.get("suite"), dict))
     title, note = _title(rows), "; ".join(note for note in said if note)
     write_tables(rows, floors, title, note, out)
-    if metrics_of(rows):
-        write_page(rows, floors, title, record, out, note)
+    write_html_report(rows, floors, title, record, out, note)
     return rows
 
 

@@ -30,6 +30,7 @@ _COMPRESSION = 4  # of PNG: on samples as small as 6, for less than half of the 
 _KEY = "cell"  # of a PNG's text
 _FRAME, _LAST_FRAME = 120, 1500  # milliseconds
 _TITLE = 52  # letters a line that the axes are wide enough for
+_BELOW = 3.0  # times that the axis goes below the smallest value at most: an interval may end near 0, or there
 _SCATTER, _DOT = 480, 1.5  # pixels: side of the picture, radius of a point
 
 
@@ -58,6 +59,8 @@ def save_frontier(rows: Sequence[Row], floors: Sequence[Floor], title: str, *pat
         for k, label in enumerate(labels):
             _draw_line(axes, [row for row in done if row["label"] == label and row["role"] == "sampler"], k)
         _draw_levels(axes, done, floors)
+        axes.set_yscale("log")
+        _cut_below(axes, [*(row["value"] for row in done), *(floor.value for floor in floors[:1])])
         mine = [row for row in rows if row["role"] == "sampler"]
         _finish(
             axes, done, sorted({row["budget"] for row in mine} | {_asked(row) for row in mine if _guided(row)}), title
@@ -108,13 +111,22 @@ def _asked(row: Row) -> float:
 
 
 def _draw_levels(axes: Any, done: Sequence[Row], floors: Sequence[Floor]) -> None:
-    for row in done:
-        if row["role"] == "teacher":
-            name = f"model ({row['label']}, {row['nfe']} calls)"
-            axes.axhline(row["value"], color="0.35", linestyle="--", linewidth=1.0, label=name)
+    own = [row for row in done if row["role"] == "teacher"]
+    for row in own:
+        which = f"model {row['model']}" if len(own) > 1 else "model"
+        name = f"{which} ({row['label']}, {row['nfe']} calls)"
+        axes.axhline(row["value"], color="0.35", linestyle="--", linewidth=1.0, label=name)
     for floor in (one for one in floors[:1] if one.value > 0):
         name = f"floor at {floor.count} samples" if floor.count else "floor"
         axes.axhline(floor.value, color="0.6", linestyle=":", linewidth=1.2, label=name)
+
+
+def _cut_below(axes: Any, values: Sequence[float]) -> None:
+    """Let no interval's lower end stretch the logarithmic axis; it is cut at the edge."""
+    edge = min((value for value in values if value > 0), default=0.0) / _BELOW
+    bottom, _ = axes.get_ylim()
+    if bottom < edge:
+        axes.set_ylim(bottom=edge)
 
 
 def _finish(axes: Any, done: Sequence[Row], ticks: Sequence[float], title: str) -> None:
@@ -123,7 +135,6 @@ def _finish(axes: Any, done: Sequence[Row], ticks: Sequence[float], title: str) 
 
     axes.set(
         xscale="log",
-        yscale="log",
         xlabel=f"network {'evaluations' if any(map(_guided, done)) else 'calls'} per sample (NFE)",
         ylabel=done[0]["metric"] if done else "",
     )

@@ -30,7 +30,8 @@ _EQUAL = (
     "guidance",
 )  # or a mean means nothing
 _SHARES = frozenset({"precision", "recall", "coverage", "label_agreement"})  # in [0, 1]
-_QUALITIES = frozenset({"precision", "recall", "density", "coverage"})  # what the one metric "manifold" gives
+# the figures of the one metric "manifold", and one that every judge of labels gives
+_QUALITIES = frozenset({"precision", "recall", "density", "coverage", "label_agreement"})
 _NODES = 4096  # of the quadrature
 
 
@@ -79,10 +80,15 @@ def aggregated(rows: Sequence[Row]) -> list[Row]:
     Raises:
         ValueError: rows of one label and budget that differ in more than the seed, or not in the seed.
     """
+    return _told_apart([_one(group) for group in grouped(rows)])
+
+
+def grouped(rows: Sequence[Row]) -> list[list[Row]]:
+    """The seeds behind each row of `aggregated`, in its order."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["role"], row.get("model"), row["label"], row["budget"]), []).append(row)
-    return _told_apart([_one(group) for group in groups.values()])
+    return list(groups.values())
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:

@@ -13,7 +13,6 @@ from bench.html_report import write_html_report
 from bench.latex import latex
 from bench.plots import save_frontier
 from bench.provenance import provenance
-from bench.ranking import higher_is_better, metrics_of
 from bench.store import write_text
 from bench.suite import Suite
 from bench.table import frame, markdown
@@ -41,15 +40,8 @@ def write_results(
     made_with["run"] = run or _earlier(out / "provenance.json")
     write_text(out / "provenance.json", json.dumps(made_with, indent=1) + "\n")
     write_tables(rows, floors, title, suite.note, out)
-    if metrics_of(rows):
-        write_page(rows, floors, title, made_with, out, suite.note)
+    write_html_report(rows, floors, title, made_with, out, suite.note)
     return title
-
-
-def write_page(rows: Sequence[Row], floors: Sequence[Floor], title: str, made_with: Row, out: Path, note: str) -> None:
-    """Write `report.html` of measured rows; arguments as in `write_tables`, and what made them."""
-    qualities = [name for name in metrics_of(rows) if higher_is_better(name)]
-    write_html_report(rows, floors, title, made_with, out, note, qualities)
 
 
 def _earlier(path: Path) -> Row:

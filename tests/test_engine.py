@@ -108,6 +108,9 @@ def test_a_network_that_fails_costs_its_own_cell_only_and_is_tried_again(gmm, tm
     rows = measure(SUITE, gmm, tmp_path)
     assert {row["label"] for row in rows if row["status"] == "failed"} == {"ddim"}
     assert {row["reason"] for row in rows if row["status"] == "failed"} == {"NaN or Inf in step 2"}
+    (tmp_path / "report.html").write_text("of an earlier run")
+    write_results(SUITE, gmm, tmp_path, "cpu", [row for row in rows if row["status"] == "failed"])
+    assert "Nothing was measured: 2 failed" in (tmp_path / "report.html").read_text(encoding="utf-8")
     calls.clear()
     measure(SUITE, gmm, tmp_path)
     assert set(calls) == {"ddim"}

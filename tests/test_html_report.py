@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 import shutil
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -22,8 +21,9 @@ from scipy import stats
 import bench.html_report as html_report
 from bench.floor import TEST, Floor
 from bench.html_report import embedded_json, write_html_report
-from bench.ranking import BEYOND, TUNED
-from bench.report_page.data import Estimate, best_set, combined, report_data
+from bench.ranking import BEYOND, TUNED, UNTRAINED
+from bench.report_page.data import report_data
+from bench.table import layout
 
 EVIL = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'>"
 BUDGETS = (4, 10, 20)
@@ -132,33 +132,58 @@ def strict_json(text):
 # what is computed
 
 
-def test_seeds_combine_to_the_mean_with_the_propagated_standard_error():
-    seeds = [Estimate(1.0, 0.2, 1.8, 0.4), Estimate(1.2, 0.4, 2.0, 0.4), Estimate(0.8, 0.0, 1.6, 0.4)]
-    whole = combined(seeds)
-    assert whole.value == pytest.approx(1.0)
-    assert whole.standard_error == pytest.approx(math.sqrt(3 * 0.16) / 3)
-    assert whole.high - whole.value == pytest.approx(stats.norm.ppf(0.975) * whole.standard_error)
-    assert whole.count == 3
-    assert combined(seeds[:1]) is seeds[0]
+def test_a_page_and_a_table_say_the_same_of_every_row(rows):
+    """Value with half its interval, best, tie and what is beyond the model, of distances and of a quality."""
+    recall = {"low": 0.0, "high": 1.0, "standard_error": 0.01}
+    rows = [
+        {**one, "metrics": {"recall": {"value": 1 / (1 + one["value"]), **recall}}} if "value" in one else one
+        for one in rows
+    ]
+    cut = [row("cut", budget, 0.3, low=0.0, high=1.2, label_agreement=None) for budget in BUDGETS]
+    rows += [row("tie", 4, 1.3, half=0.3), row("above", 10, 0.1, metrics={"recall": {"value": 0.9, **recall}}), *cut]
+    points = {(p["role"], p["label"], p["budget"]): p for p in report_data(rows, (), "t", {})["points"]}
+    seen = set()
+    for name in ("fd_toy", "recall"):
+        shown = layout(rows, name)
+        for label in shown.labels:
+            for budget, text in zip(shown.budgets, shown.texts(label, "**{}".format, "= {}".format), strict=True):
+                point = points.get(("sampler", label, budget), {"metrics": {}})
+                if name not in point["metrics"]:
+                    assert text in ("", "failed")
+                    continue
+                entry = point["metrics"][name]
+                signs = (UNTRAINED if point["untrained"] else "") + (BEYOND if entry["beyond"] else "")
+                assert {"best": "**", "tied": "= ", "": ""}[entry["mark"]] + entry["text"] + signs == text
+                seen.add((name, entry["mark"], entry["beyond"]))
+    assert {("fd_toy", "best", True), ("fd_toy", "tied", False), ("recall", "best", True)} <= seen
+    assert (
+        points["sampler", "cut", 4]["metrics"]["fd_toy"]["text"] == "0.30 \N{PLUS-MINUS SIGN} 0.90"
+    )  # the longer side
 
 
-def test_seeds_without_intervals_take_that_of_their_spread():
-    values = [1.0, 1.3, 0.8, 1.1]
-    whole = combined([Estimate(value) for value in values])
-    assert whole.standard_error == pytest.approx(stats.sem(values))
-    assert combined([Estimate(1.0), Estimate(2.0)]).interval == (1.5, 1.5)
-
-
-@pytest.mark.parametrize("higher", [False, True])
-def test_best_set_is_every_interval_that_overlaps_the_best_one(higher):
-    random = np.random.default_rng(3)
-    for _ in range(50):
-        values, halves = random.normal(size=6), random.uniform(0, 0.8, size=6)
-        marks = best_set([Estimate(v, v - h, v + h) for v, h in zip(values, halves, strict=True)], higher)
-        best = int(np.argmax(values) if higher else np.argmin(values))
-        overlap = np.abs(values - values[best]) <= halves + halves[best]
-        assert [mark != "" for mark in marks] == list(overlap)
-        assert [mark == "best" for mark in marks] == [k == best for k in range(6)]
+def test_rows_of_two_models_are_two_points_each_beside_its_own_model(tmp_path):
+    """They were averaged, and the first model's own value stood for both."""
+    rows = [
+        row("heun", 4, value, model=model, model_hash=model, role=role)
+        for model, role, value in (
+            *(("m1", "sampler", 1.0), ("m1", "teacher", 0.9)),
+            *(("m2", "sampler", 5.0), ("m2", "teacher", 6.0)),
+        )
+    ]
+    save_picture(tmp_path / "samples" / "heun-nfe4.png", 7)
+    save_picture(tmp_path / "samples" / "teacher-nfe4.png", 9)
+    data = data_of(write_html_report(rows, (), "t", {}, tmp_path).read_text("utf-8"))
+    mine = {p["label"]: p["metrics"]["fd_toy"] for p in data["points"] if p["role"] == "sampler"}
+    assert {label: (entry["value"], entry["beyond"]) for label, entry in mine.items()} == {
+        "heun (m1)": (1.0, False),
+        "heun (m2)": (5.0, True),
+    }
+    assert [sampler["label"] for sampler in data["samplers"]] == list(mine)
+    assert [(own["name"], own["value"]) for own in data["metrics"][0]["models"]] == [
+        ("model m1 (heun, 4 calls)", 0.9),
+        ("model m2 (heun, 4 calls)", 6.0),
+    ]
+    assert [p["picture"] for p in data["points"]] == [None] * 4  # which of them a file shows its name does not tell
 
 
 def test_label_agreement_has_wilsons_interval():
@@ -187,11 +212,11 @@ def test_a_seed_that_failed_leaves_a_point_of_the_others_with_its_reason():
     assert (point["status"], point["seeds"], point["reason"]) == ("done", 1, "out of memory")
 
 
-def test_below_the_model_is_marked_on_distances_only(rows):
-    data = report_data(rows, FLOORS, "t", {}, higher_is_better=["kid"])
-    below = {(p["label"], p["budget"]) for p in data["points"] if p["metrics"].get("fd_toy", {}).get("below_model")}
-    assert below == {("heun", 20)}
-    assert not any(p["metrics"]["kid"]["below_model"] for p in data["points"] if p["metrics"])
+def test_what_is_better_than_the_model_itself_is_marked(rows):
+    data = report_data(rows, FLOORS, "t", {})
+    for name in ("fd_toy", "kid"):
+        beyond = {(p["label"], p["budget"]) for p in data["points"] if p["metrics"].get(name, {}).get("beyond")}
+        assert beyond == {("heun", 20)}
 
 
 def test_a_distance_that_is_not_finite_is_a_failure_and_no_nan_of_json():
@@ -203,14 +228,6 @@ def test_a_distance_that_is_not_finite_is_a_failure_and_no_nan_of_json():
     assert read["rows"][0]["value"] is None
     assert read["rows"][0]["nfe"] == 4
     assert read["rows"][0]["options"] == {"x": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("value", "low", "high", "text"),
-    [(0.2231, 0.16, 0.286, "0.223 ± 0.063"), (1408.34, 1399.86, 1416.83, "1408.3 ± 8.5"), (2.0, None, None, "2")],
-)
-def test_values_are_written_to_the_second_digit_of_their_interval(value, low, high, text):
-    assert str(Estimate(value, low, high)) == text
 
 
 @pytest.mark.parametrize("rows", [[], [row("a", 4, 1.0), row("b", 4, 1.0, metric="fid")]], ids=["none", "two metrics"])
@@ -292,7 +309,7 @@ def test_without_scripts_every_row_and_the_best_sets_can_be_read(page, rows):
     matrix = page[page.index('data-metric="fd_toy"') : page.index('data-metric="kid"')]
     marks = [cell.get("class", "") for cell in Parsed(matrix).of("td")]
     assert sum("best" in mark for mark in marks) == 3  # one for each budget
-    assert [mark for mark in marks if "below" in mark] == ["best below"]
+    assert [mark for mark in marks if "beyond" in mark] == ["best beyond"]
     assert "failed none" in marks
 
 
@@ -301,6 +318,15 @@ def test_tied_samplers_are_marked_in_the_table(tmp_path):
     page = write_html_report(rows, (), "t", {}, tmp_path).read_text(encoding="utf-8")
     matrix = page[page.index('data-metric="fd_toy"') : page.index('data-metric="kid"')]
     assert [cell["class"] for cell in Parsed(matrix).of("td")] == ["best", "tied", ""]
+    assert matrix.count("= <span>1.35</span>") == matrix.count("= <span>") == 1
+
+
+def test_a_page_where_nothing_was_measured_says_why(tmp_path):
+    rows = [failed("a", 4, "NaN <at> step 3"), failed("a", 10, "out of memory"), failed("b", 4, "too few", "absent")]
+    page = write_html_report(rows, FLOORS, "t", {}, tmp_path).read_text("utf-8")
+    assert '<p class="notice">Nothing was measured: 2 failed, 1 absent. Each row below says why.</p>' in page
+    assert {"NaN <at> step 3", "out of memory", "too few"} <= set(Parsed(page).words)
+    assert [point["status"] for point in data_of(page)["points"]] == ["failed", "failed", "absent"]
 
 
 def test_pictures_are_embedded_and_the_model_takes_those_of_its_plan(page, folder):
@@ -470,6 +496,49 @@ def test_points_stand_where_logarithm_and_line_put_them(shown):
     shown.click("#chart-nfe [data-axis=y]")
     assert share(places()[:, 1]) == pytest.approx(share(values), abs=2e-3)
     assert places()[0, 1] < places()[1, 1] < places()[2, 1]  # upwards is larger
+
+
+def test_an_interval_that_ends_near_zero_does_not_stretch_the_axis(shown, browser, tmp_path):
+    """One end of 3.5e-6 pressed every point into the upper half."""
+    rows = [row("a", n, value) for n, value in zip(BUDGETS, (9.0, 3.0, 0.6), strict=True)] + [
+        row("b", 20, 0.3, low=3.5e-6)
+    ]
+    browser.get(write_html_report(rows, (), "t", {}, tmp_path).as_uri())
+    ticks = shown.texts("#chart-nfe .axis.y text:not(.title)")
+    assert 0.1 <= min(map(float, ticks)) <= 0.3
+    # the bar is cut at the frame, and what ends beyond it has no cap
+    assert shown.each("#chart-nfe .error", "e.getAttribute('d').split('H').length - 1") == [2, 2, 2, 1]
+    ends = "e.getBoundingClientRect().bottom"
+    bar, frame = (shown.each(f"#chart-nfe {part}", ends)[-1] for part in (".error", ".axis.x .base"))
+    assert bar <= frame
+
+
+def test_a_page_of_failures_shows_them_and_no_empty_chart(shown, browser, tmp_path):
+    rows = [failed("a", 4, "NaN at step 3"), failed("a", 10, "out of memory")]
+    browser.get(write_html_report(rows, (), "t", {}, tmp_path).as_uri())
+    assert not shown.run("return document.querySelector('#curves').checkVisibility()")
+    assert shown.texts("tr.point.failed .reason") == ["NaN at step 3", "out of memory"]
+    assert shown.texts(".matrix td") == ["failed", "failed"]
+
+
+def test_every_model_has_its_line_and_what_is_beyond_its_own_is_told(shown, browser, tmp_path):
+    rows = [
+        row("heun", 4, value, model=model, model_hash=model, role=role, metrics={})
+        for model, role, value in (
+            *(("m1", "sampler", 1.0), ("m1", "teacher", 0.9)),
+            *(("m2", "sampler", 5.0), ("m2", "teacher", 6.0)),
+        )
+    ]
+    browser.get(write_html_report(rows, (), "t", {}, tmp_path).as_uri())
+    lines = [
+        f"model {name} (heun, 4 calls), {value} \N{PLUS-MINUS SIGN} 0.20"
+        for name, value in (("m1", "0.90"), ("m2", "6.00"))
+    ]
+    assert shown.texts("#chart-nfe .reference text") == lines
+    assert shown.count("#chart-nfe .reference rect") == 0
+    assert shown.texts("#warning") == [
+        "One row lies below the model's own value: here the model, not the sampler, is ranked (heun (m2) at 4)."
+    ]
 
 
 def test_hover_shows_the_sampler_its_calls_and_its_value(shown, browser):

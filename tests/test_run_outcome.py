@@ -34,7 +34,7 @@ SUITE = load_suite("gmm").changed(
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables without plot and page, which take a second each and say nothing here."""
-    for name in ("save_frontier", "write_page"):
+    for name in ("save_frontier", "write_html_report"):
         monkeypatch.setattr(report, name, lambda *args: None)
 
 

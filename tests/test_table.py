@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from test_ranking import row
@@ -267,6 +268,21 @@ def test_many_rows_make_the_picture_taller_not_the_legend_cut(tmp_path: Path) ->
     save_frontier([row("s", 4, 1.0)], (), "t", tmp_path / "one.png")
     with Image.open(tmp_path / "many.png") as many, Image.open(tmp_path / "one.png") as one:
         assert many.size[1] > 1.7 * one.size[1]
+
+
+@pytest.mark.parametrize("low", [3.5e-6, 0.0])
+def test_an_interval_that_ends_near_zero_does_not_stretch_the_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low: float
+) -> None:
+    """One end of 3.5e-6 pressed every point into the upper half."""
+    ends: list[tuple[float, float]] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: ends.append(figure.axes[0].get_ylim()))
+    rows = [row("a", 4, 9.0), row("a", 8, 0.6), {**row("b", 8, 0.3), "low": low}]
+    save_frontier(rows, (), "t", tmp_path / "f.png")
+    save_frontier(rows, (Floor(TEST, 100, 0.01, 0.0, 0.02, 0.005),), "t", tmp_path / "f.png")
+    (bottom, top), (under, _) = ends
+    assert 0.05 < bottom < 0.3 < 9.0 < top
+    assert under < 0.01  # the floor stays in sight
 
 
 def test_notes_tell_the_calls_that_were_really_made() -> None:

@@ -1,5 +1,6 @@
 // One chart: a metric against network calls or time, drawn anew for each change of what it shows.
 
+const REACH_BELOW = 3; // a logarithmic axis goes so many times below the smallest value at most, whatever an interval does
 const MARGIN = { top: 14, right: 14, bottom: 46, left: 62 };
 
 /** The visible samplers with the points that the chart can place, in the order of their budgets. */
@@ -19,13 +20,11 @@ function placesOf(view, label, axis, log) {
     .sort((a, b) => a.point.budget - b.point.budget);
 }
 
-/** Horizontal lines: the model's own value and the floor. */
-function linesOf(metric) {
-  const { model, floor } = metric;
-  return [
-    model && { kind: "model", value: model.value, text: `the model itself, ${model.text}` },
-    floor !== null && { kind: "floor", value: floor, text: `floor, ${short(floor)}` },
-  ].filter(Boolean);
+/** Horizontal lines: the models' own values and the floor. */
+function linesOf({ models, floor, higher }) {
+  // the ground beyond the model's own is shaded where there is one such ground
+  const lines = models.map((model) => ({ kind: "model", value: model.value, text: `${model.name}, ${model.text}`, shaded: models.length === 1, higher }));
+  return floor === null ? lines : [...lines, { kind: "floor", value: floor, text: `floor, ${short(floor)}` }];
 }
 
 /**
@@ -44,7 +43,7 @@ function drawChart(box, spec, view) {
   const { x, y } = scalesOf(series, lines, spec, frame);
   const root = svg("svg", { viewBox: `0 0 ${frame.width} ${frame.height}`, role: "group", "aria-label": `${view.metric.name} against ${spec.title}` });
   root.append(axisY(y, frame, view.metric), axisX(x, frame, spec, view.budgets));
-  root.append(...lines.map((line) => horizontal(line, y, frame, view.metric)));
+  root.append(...lines.map((line) => horizontal(line, y, frame)));
   const marks = series.flatMap((sampler) => drawSeries(root, sampler, x, y, frame, view));
   box.append(root);
   makeReadable(box, root, marks, view);
@@ -68,8 +67,10 @@ function framed(box) {
 function scalesOf(series, lines, spec, frame) {
   const places = series.flatMap((sampler) => sampler.places);
   const xs = places.map((place) => place.x);
-  const ends = places.flatMap(({ entry }) => [entry.low, entry.value, entry.high]).concat(lines.map((line) => line.value));
-  const ys = ends.filter((value) => value !== null && (!spec.log.y || value > 0));
+  const values = places.map(({ entry }) => entry.value).concat(lines.map((line) => line.value));
+  const edge = spec.log.y ? Math.min(...values) / REACH_BELOW : -Infinity;
+  const ends = places.flatMap(({ entry }) => [entry.low, entry.high]).filter((end) => end !== null);
+  const ys = values.concat(ends.map((end) => Math.max(end, edge)));
   return {
     x: makeScale(spec.log.x, Math.min(...xs), Math.max(...xs), frame.left, frame.right),
     y: makeScale(spec.log.y, Math.min(...ys), Math.max(...ys), frame.bottom, frame.top),
@@ -106,15 +107,15 @@ function axisX(x, frame, spec, budgets) {
   );
 }
 
-/** A line across the chart with its text; beyond the model's own the ground is shaded. */
-function horizontal(line, y, frame, metric) {
+/** A line across the chart with its text, and the ground beyond it. */
+function horizontal(line, y, frame) {
   const at = y.at(line.value);
   const place = line.kind === "model" ? { x: frame.left + 6 } : { x: frame.right - 6, "text-anchor": "end" };
-  const [top, bottom] = metric.higher ? [frame.top, at] : [at, frame.bottom];
+  const [top, bottom] = line.higher ? [frame.top, at] : [at, frame.bottom];
   return svg(
     "g",
     { class: `reference ${line.kind}` },
-    line.kind === "model" ? svg("rect", { x: frame.left, y: top, width: frame.right - frame.left, height: Math.max(0, bottom - top) }) : null,
+    line.shaded ? svg("rect", { x: frame.left, y: top, width: frame.right - frame.left, height: Math.max(0, bottom - top) }) : null,
     svg("line", { x1: frame.left, x2: frame.right, y1: at, y2: at }),
     svg("text", { ...place, y: at > frame.bottom - 15 ? at - 5 : at + 13 }, line.text),
   );
@@ -140,11 +141,12 @@ function drawSeries(root, sampler, x, y, frame, view) {
   return marks;
 }
 
+/** A bar with a cap at either end; one that goes beyond the frame is cut there and has no cap, since it does not end. */
 function errorBar({ px, entry }, y, frame) {
-  const low = y.shows(entry.low) ? Math.min(y.at(entry.low), frame.bottom) : frame.bottom;
-  const high = y.shows(entry.high) ? y.at(entry.high) : frame.bottom;
-  const [left, right] = [(px - 3).toFixed(2), (px + 3).toFixed(2)];
-  return `M${left} ${low.toFixed(2)}H${right}M${left} ${high.toFixed(2)}H${right}M${px.toFixed(2)} ${low.toFixed(2)}V${high.toFixed(2)}`;
+  const cut = !y.shows(entry.low) || y.at(entry.low) > frame.bottom;
+  const [low, high] = [cut ? frame.bottom : y.at(entry.low), y.at(entry.high)].map((at) => at.toFixed(2));
+  const cap = (at) => `M${(px - 3).toFixed(2)} ${at}H${(px + 3).toFixed(2)}`;
+  return `${cut ? "" : cap(low)}${cap(high)}M${px.toFixed(2)} ${low}V${high}`;
 }
 
 function spoken({ point, entry }, view) {

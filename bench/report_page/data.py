@@ -1,73 +1,47 @@
-"""What the report says: the rows of a run as points with intervals, the best set of each budget, what lies below the model."""
+"""What the report says: a run's rows as the points of charts, with the values, intervals and marks of its tables."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from bench.floor import Floor
 from bench.intervals import share_interval
-from bench.ranking import mean_of, overlap, tuned_here
+from bench.ranking import aggregated, grouped, higher_is_better, metrics_of, tuned_here
+from bench.table import Layout, layout, value_text
 
 Row = dict[str, Any]
 _AGREEMENT = "label_agreement"
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A metric of a sampler at a budget, over its seeds.
-
-    Attributes:
-        value: mean over the seeds.
-        low, high: ends of the 95 % interval; None where nothing says how far the value may be off.
-        standard_error: of the mean.
-        count: how many seeds.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    standard_error: float | None = None
-    count: int = 1
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Low and high; the value itself where they are not known."""
-        return (
-            self.value if self.low is None else self.low,
-            self.value if self.high is None else self.high,
-        )
-
-    def __str__(self) -> str:
-        """The value and half its interval, to the digit where the interval has its second."""
-        half = 0.5 * (self.interval[1] - self.interval[0])
-        if half <= 0:
-            return f"{self.value:.4g}"
-        digits = max(0, 1 - math.floor(math.log10(half)))
-        return f"{self.value:.{digits}f} \N{PLUS-MINUS SIGN} {half:.{digits}f}"
-
-
 def report_data(
-    rows: Sequence[Row],
-    floors: Sequence[Floor],
-    title: str,
-    provenance: dict[str, Any],
-    note: str = "",
-    higher_is_better: Collection[str] = (),
+    rows: Sequence[Row], floors: Sequence[Floor], title: str, provenance: dict[str, Any], note: str = ""
 ) -> dict[str, Any]:
-    """What the page shows, ready for JSON: `points` (one for each role, label and budget), `rows` as given, and the rest.
+    """What the page shows, ready for JSON: `points` (one for each row of a table), `rows` as given, and the rest.
 
-    A point holds of each metric the `Estimate`, its text, its mark ("best" with the best value of its budget, "tied" where
-    its interval overlaps the best one's, else "") and, of a distance, whether it lies below the model's own.
+    A point holds of each metric the value with its interval, its text, its mark ("best", "tied" where its interval overlaps the
+    best one's, else "") and whether it is better than the model's own, all of them as `bench.table.layout` has them.
     """
-    rows = [plain(row) for row in rows]
-    points = [_point(rows, members) for members in _groups(rows)]
-    metrics = _metrics(points, rows[0]["metric"], floors, {_AGREEMENT, *higher_is_better})
-    for metric in metrics:
-        _mark(points, metric)
+    given = [plain(row) for row in rows]
+    prepared = [_prepared(row) for row in given]
+    places = {id(row): k for k, row in enumerate(prepared)}
+    whole = aggregated(prepared)
+    points = [
+        _point(row, seeds, [places[id(seed)] for seed in seeds])
+        for row, seeds in zip(whole, grouped(prepared), strict=True)
+    ]
+    primary = given[0]["metric"]
+    names = sorted(dict.fromkeys([primary, *metrics_of(whole)]), key=lambda name: name == _AGREEMENT)  # that one last
+    level = floors[0].value if floors and floors[0].value > 0 else None
+    metrics = [
+        {
+            **_metric(layout(whole, None if name == primary else name), name, points),
+            **{"primary": name == primary, "floor": level if name == primary else None},
+        }
+        for name in names
+    ]
     mine = [point for point in points if point["role"] == "sampler"]
     return {
         "title": title,
@@ -77,25 +51,22 @@ def report_data(
         "samplers": [_sampler(label, mine) for label in dict.fromkeys(point["label"] for point in mine)],
         "budgets": sorted({point["budget"] for point in mine}),
         "points": points,
-        "rows": rows,
+        "rows": given,
         "provenance": plain(provenance),
     }
 
 
-def combined(seeds: Sequence[Estimate], metric: str = "") -> Estimate:
-    """The mean of a metric over independent seeds, see `bench.ranking.mean_of`; one seed stays as it is."""
-    if len(seeds) == 1:
-        return seeds[0]
-    return Estimate(**mean_of([asdict(seed) for seed in seeds], metric), count=len(seeds))
-
-
-def best_set(estimates: Sequence[Estimate], higher_is_better: bool = False) -> list[str]:
-    """For each estimate "best", "tied" where its interval overlaps the best one's, or ""; no estimates, no marks."""
-    if not estimates:
-        return []
-    sign, rows = -1.0 if higher_is_better else 1.0, [asdict(estimate) for estimate in estimates]
-    best = min(range(len(rows)), key=lambda k: sign * rows[k]["value"])
-    return ["best" if k == best else "tied" if overlap(row, rows[best]) else "" for k, row in enumerate(rows)]
+def _prepared(row: Row) -> Row:
+    """A row as `aggregated` takes it: what is not finite has failed, and the agreement of labels is a metric with an interval."""
+    if row["status"] != "done":
+        return row
+    if row.get("value") is None:
+        return {**row, "status": "failed", "reason": "its distance is not a finite number"}
+    share, count = row.get(_AGREEMENT), row["num_samples"]
+    if share is None:
+        return row
+    agreement = asdict(share_interval(share, math.sqrt(share * (1 - share) / count), count))
+    return {**row, "metrics": {**(row.get("metrics") or {}), _AGREEMENT: agreement}}
 
 
 def _sampler(label: str, points: Sequence[Row]) -> Row:
@@ -107,96 +78,57 @@ def _sampler(label: str, points: Sequence[Row]) -> Row:
     }
 
 
-def _groups(rows: Sequence[Row]) -> list[list[int]]:
-    """Indices of the rows of each point, in the order of the first."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for k, row in enumerate(rows):
-        groups.setdefault((row["role"], row["label"], row["budget"]), []).append(k)
-    return list(groups.values())
-
-
-def _point(rows: Sequence[Row], members: Sequence[int]) -> dict[str, Any]:
-    first, mine = rows[members[0]], [rows[k] for k in members]
-    done = [row for row in mine if row["status"] == "done" and row.get("value") is not None]
-    reasons = [row.get("reason") or "its distance is not a finite number" for row in mine if row not in done]
-    status = "done" if done else first["status"] if first["status"] != "done" else "failed"
+def _point(row: Row, seeds: Sequence[Row], places: list[int]) -> Row:
+    """An aggregated row without its metrics; `places` are those of its seeds among the rows."""
+    done, speed = row["status"] == "done", row.get("images_per_second")
+    reasons = [seed.get("reason") or seed["status"] for seed in seeds if seed["status"] != "done"]
     return {
-        **{name: first[name] for name in ("role", "label", "budget")},
-        "status": status,
+        **{name: row.get(name) for name in ("role", "model", "label", "budget", "status")},
         "reason": "; ".join(dict.fromkeys(reasons)),
-        "student": "trained" in first,
-        "untrained": first.get("trained") is False,
-        "tuned": first.get("tuned") or "",
-        "tuned_metrics": first.get("tuned_metrics") or [],
-        "nfe": _mean(row.get("nfe") for row in done),
-        "ms": _mean(1000 / row["images_per_second"] for row in done if row.get("images_per_second")),
-        "seconds": _mean(row.get("seconds") for row in done),
-        "peak_memory_mb": max((row["peak_memory_mb"] for row in done if row.get("peak_memory_mb")), default=None),
-        "metrics": {name: _entry(seeds, first, name) for name, seeds in _seeds(done).items()},
-        "seeds": len(done),
-        "rows": list(members),
+        "student": "trained" in row,
+        "untrained": row.get("trained") is False,
+        "nfe": row.get("nfe") if done else None,
+        "ms": round(1000 / speed, 6) if speed else None,
+        "seconds": row.get("seconds"),
+        "peak_memory_mb": row.get("peak_memory_mb"),
+        "metrics": {},
+        "seeds": row.get("seeds", 1) if done else 0,
+        "rows": places,
     }
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return round(statistics.fmean(known), 6) if known else None
+def _metric(shown: Layout, name: str, points: Sequence[Row]) -> Row:
+    """Name, direction and the models' own values of a metric; gives the points theirs."""
+    found = {_place(row): _entry(row, shown) for row in shown.rows if row["status"] == "done"}
+    for point in points:
+        if _place(point) in found:
+            point["metrics"][name] = found[_place(point)]
+    own = [point for point in points if point["role"] == "teacher" and name in point["metrics"]]
+    return {
+        "name": name,
+        "higher": higher_is_better(name),
+        "models": [{**point["metrics"][name], **_own_names(point, len(own) > 1)} for point in own],
+    }
 
 
-def _seeds(done: Sequence[Row]) -> dict[str, list[Estimate]]:
-    """Of each metric an estimate for each seed that has one; the primary one first, the agreement of labels last."""
-    found: dict[str, list[Estimate]] = {}
-    for row in done:
-        entries = {row["metric"]: row, **(row.get("metrics") or {})}
-        if row.get(_AGREEMENT) is not None:
-            entries[_AGREEMENT] = _share(row[_AGREEMENT], row["num_samples"])
-        for name, entry in entries.items():
-            if entry.get("value") is not None:
-                parts = (entry.get(part) for part in ("low", "high", "standard_error"))
-                found.setdefault(name, []).append(Estimate(entry["value"], *parts))
-    return found
+def _own_names(point: Row, several: bool) -> Row:
+    """What the model itself is called, and the run that stands for it."""
+    run = f"{point['label']}, {point['nfe']:g} calls"
+    return {"name": f"model {point['model']} ({run})" if several else "the model itself", "run": run}
 
 
-def _share(value: float, count: int) -> Row:
-    """A share of `count` samples with its 95 % interval."""
-    return asdict(share_interval(value, math.sqrt(value * (1 - value) / count), count))
+def _place(row: Row) -> tuple[Any, ...]:
+    return row["role"], row.get("model"), row["label"], row["budget"]
 
 
-def _entry(seeds: Sequence[Estimate], row: Row, metric: str) -> dict[str, Any]:
-    whole, tuned = combined(seeds, metric), tuned_here({**row, "metric": metric})
-    return {**asdict(whole), "text": str(whole), "mark": "", "below_model": False, "tuned": tuned}
-
-
-def _metrics(
-    points: Sequence[Row], primary: str, floors: Sequence[Floor], higher: Collection[str]
-) -> list[dict[str, Any]]:
-    """Name, direction, floor and the model's own value of each metric, the primary one first."""
-    names = [primary, *(name for point in points for name in point["metrics"])]
-    names = sorted(dict.fromkeys(names), key=lambda name: name == _AGREEMENT)  # stable: the agreement last
-    model = next((point for point in points if point["role"] == "teacher" and point["status"] == "done"), None)
-    return [
-        {
-            "name": name,
-            "primary": name == primary,
-            "higher": name in higher and name != primary,
-            "floor": floors[0].value if name == primary and floors and floors[0].value > 0 else None,
-            "model": {**model["metrics"][name], "label": model["label"], "nfe": model["nfe"]}
-            if model and name in model["metrics"]
-            else None,
-        }
-        for name in names
-    ]
-
-
-def _mark(points: Sequence[Row], metric: Mapping[str, Any]) -> None:
-    name, higher, model = metric["name"], metric["higher"], metric["model"]
-    mine = [point for point in points if point["role"] == "sampler" and name in point["metrics"]]
-    for budget in {point["budget"] for point in mine}:
-        entries = [point["metrics"][name] for point in mine if point["budget"] == budget]
-        estimates = [Estimate(entry["value"], entry["low"], entry["high"]) for entry in entries]
-        for entry, mark in zip(entries, best_set(estimates, higher), strict=True):
-            entry["mark"] = mark
-            entry["below_model"] = bool(model) and not higher and entry["value"] < model["value"]
+def _entry(row: Row, shown: Layout) -> Row:
+    mark, beyond = "", False
+    if row["role"] == "sampler":
+        best = shown.best[row["budget"]]
+        mark = "best" if row["label"] == best.label else "tied" if row["label"] in best.tied else ""
+        beyond = (row["label"], row["budget"]) in shown.beyond
+    parts = {name: row.get(name) for name in ("value", "low", "high", "standard_error")}
+    return {**parts, "text": value_text(row), "mark": mark, "beyond": beyond, "tuned": tuned_here(row)}
 
 
 def plain(value: Any) -> Any:

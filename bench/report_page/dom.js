@@ -45,6 +45,11 @@ function checkBox(text, checked, change) {
   return el("label", { class: "field check" }, input, text);
 }
 
+/** What is said of a value that is better than the model's own; `own` follows the word. */
+function beyondText(metric, own = "") {
+  return `${metric.higher ? "above" : "below"} the model's own value${own}: here the model, not the sampler, is ranked`;
+}
+
 /** A number as a reader wants it: four digits, an exponent only where it is very small. */
 function short(value) {
   if (value === null || value === undefined) return "";

@@ -21,12 +21,13 @@ function startTheme() {
 /** The table and the warning of the metric that the charts show. */
 function showMetric(metric) {
   for (const table of document.querySelectorAll(".matrix")) table.hidden = table.dataset.metric !== metric.name;
-  const below = data.points.filter((point) => point.metrics[metric.name]?.below_model);
+  const beyond = data.points.filter((point) => point.metrics[metric.name]?.beyond);
   const warning = byId("warning");
-  warning.hidden = !below.length;
-  if (!below.length) return;
-  const many = below.length === 1 ? "One row lies" : `${below.length} rows lie`;
-  warning.textContent = `${many} below the model's own distance, ${metric.model.text}: here the model, not the sampler, is ranked (${listed(below)}).`;
+  warning.hidden = !beyond.length;
+  if (!beyond.length) return;
+  const many = beyond.length === 1 ? "One row lies" : `${beyond.length} rows lie`;
+  const own = metric.models.length === 1 ? `, ${metric.models[0].text}` : "";
+  warning.textContent = `${many} ${beyondText(metric, own)} (${listed(beyond)}).`;
 }
 
 function listed(points) {

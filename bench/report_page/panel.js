@@ -47,21 +47,22 @@ function showTip(box, root, tip, mark, view) {
 
 function tipLines({ point, entry }, view) {
   const calls = `NFE ${short(point.nfe)}${point.nfe === point.budget ? "" : ` of ${point.budget}`}`;
-  const rest = [point.ms === null ? null : `${short(point.ms)} ms a sample`, entry.count > 1 ? `${entry.count} seeds` : null];
+  const rest = [point.ms === null ? null : `${short(point.ms)} ms a sample`, point.seeds > 1 ? `${point.seeds} seeds` : null];
   return [
     el("strong", {}, point.label),
     el("span", {}, calls),
     el("span", { class: "value" }, `${view.metric.name} ${entry.text}`),
     el("span", {}, rest.filter(Boolean).join(", ")),
-    ...remarks("span", point, entry),
+    ...remarks("span", point, view.metric),
   ];
 }
 
-/** What a reader must know of a value, in words, each in an element of its own. */
-function remarks(tag, point, entry) {
+/** What a reader must know of a point's value, in words, each in an element of its own. */
+function remarks(tag, point, metric) {
+  const entry = point.metrics[metric.name];
   const merits = { best: "best of its budget", tied: "tied with the best of its budget" };
   const cautions = [
-    entry?.below_model && "below the model's own distance: here the model, not the sampler, is ranked",
+    entry?.beyond && beyondText(metric),
     point.untrained && "student not trained for this number of calls",
     entry?.tuned && `\u00a7 ${entry.tuned}`,
   ];
@@ -103,7 +104,7 @@ function startPanel(data, onMetric) {
   startLegend(view, redraw);
   startMetric(view, charts, (metric) => onMetric(metric));
   byId("dashed").hidden = !data.samplers.some((sampler) => sampler.student);
-  byId("curves").hidden = false;
+  byId("curves").hidden = !samplers.length;
   new ResizeObserver(redraw).observe(byId("curves"));
   redraw();
 }

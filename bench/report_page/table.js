@@ -14,23 +14,23 @@ function columnsOf(data) {
   ];
 }
 
-function metricColumn({ name, primary }) {
+function metricColumn(metric) {
   return {
-    title: name.replaceAll("_", " "),
+    title: metric.name.replaceAll("_", " "),
     number: true,
-    value: (point) => point.metrics[name]?.value ?? null,
-    cell: (point) => metricCell(point, name, primary),
+    value: (point) => point.metrics[metric.name]?.value ?? null,
+    cell: (point) => metricCell(point, metric),
   };
 }
 
-function metricCell(point, name, primary) {
-  const entry = point.metrics[name];
-  if (!entry) return primary ? el("span", { class: `state ${point.status}` }, point.status) : "";
+function metricCell(point, metric) {
+  const entry = point.metrics[metric.name];
+  if (!entry) return metric.primary ? el("span", { class: `state ${point.status}` }, point.status) : "";
   return [
-    entry.below_model ? el("span", { class: "badge warn", title: "below the model's own distance: here the model, not the sampler, is ranked" }, "\u2021 model ranked") : null,
+    entry.beyond ? el("span", { class: "badge warn", title: beyondText(metric) }, "\u2021 model ranked") : null,
     entry.tuned ? el("span", { class: "badge warn", title: entry.tuned }, "\u00a7 tuned") : null,
     entry.mark ? el("span", { class: `badge ${entry.mark}` }, entry.mark) : null,
-    el("span", { class: entry.mark ? "value strong" : "value" }, entry.text),
+    el("span", { class: entry.mark === "best" ? "value strong" : "value" }, entry.text),
   ];
 }
 
@@ -135,7 +135,7 @@ function reasonOf(point) {
 function details(point, data) {
   const rows = point.rows.map((k) => data.rows[k]);
   const everything = rows.length === 1 ? [fieldList(rows[0])] : [seedTable(rows), ...rows.map(seedDetails)];
-  return [...remarks("p", point, point.metrics[data.metrics[0].name]), ...everything];
+  return [...remarks("p", point, data.metrics[0]), ...everything];
 }
 
 function seedTable(rows) {
