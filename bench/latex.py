@@ -11,7 +11,7 @@ from typing import Any
 
 from bench.floor import Floor
 from bench.ranking import BEYOND, TUNED, UNTRAINED, Best
-from bench.table import OWN, Layout, halves, layout, marks, notes
+from bench.table import OWN, Layout, halves, layout, marks, notes, part_of_seeds
 
 Row = dict[str, Any]
 _MATHEMATICAL = {UNTRAINED: r"\dagger", BEYOND: r"\ddagger", TUNED: r"\S"}
@@ -91,7 +91,7 @@ def _cell(shown: Layout, label: str, budget: int) -> str:
     value, half = halves(row)
     number = _number(_emphasised(value, label, shown.best[budget]), half)
     beside = "".join(_MATHEMATICAL[mark] for mark in marks(row, (label, budget) in shown.beyond))
-    return f"${number}{f'^{{{beside}}}' if beside else ''}$"
+    return f"${number}{f'^{{{beside}}}' if beside else ''}${part_of_seeds(row)}"
 
 
 def _emphasised(value: str, label: str, best: Best) -> str:

@@ -381,7 +381,11 @@ def _row(cell: Cell, running: Running, blocks: Blocks, arrays: Arrays) -> Row:
 def _figures(metric: Metric, arrays: Arrays, judge: Judge) -> dict[str, Row]:
     """The figures of a metric by name; one that cannot be had of these samples has the reason instead of a value."""
     try:
-        return {name: _fields(found) for name, found in metric.figures(arrays, judge).items()}
+        figures = metric.figures(arrays, judge)
+        return {
+            name: _fields(found) if math.isfinite(found.value) else unknown_figure(f"it is {found.value}")
+            for name, found in figures.items()
+        }
     except ValueError as error:
         return {metric.name: unknown_figure(str(error))}
 

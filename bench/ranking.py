@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _SHARES = frozenset({"precision", "recall", "coverage", "label_agreement"})  # i
 # the figures of the one metric "manifold", and one that every judge of labels gives
 _QUALITIES = frozenset({"precision", "recall", "density", "coverage", "label_agreement"})
 _NODES = 4096  # of the quadrature
+_UNTOLD = "unknown"  # status of a row whose figure has a reason instead of a value
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Best:
     """The best of a budget.
 
     Attributes:
-        label: of the row with the best value.
+        label: of the row with the best value; "" where that cannot be told, as a cell is left to another shard, or a value or
+            its interval is not known.
         tied: labels of the others whose interval overlaps that row's.
     """
 
@@ -55,7 +58,7 @@ class Choice:
     Attributes:
         row: the best of `candidates`.
         candidates: of every sampler the row with the most calls within the budget, best first.
-        chances: probability that each candidate is really the best, in their order.
+        chances: probability that each candidate is really the best, in their order; NaN where an interval is not known.
         tied: those of the candidates whose interval overlaps that of `row`.
         cheaper: a row with fewer calls and a better value than `row`; None where there is none.
     """
@@ -71,8 +74,8 @@ def aggregated(rows: Sequence[Row]) -> list[Row]:
     """One row for each model, label and budget: several seeds become their mean.
 
     Value and interval of several seeds are those of `intervals.combined`, calls the most of any seed, costs means, and `seeds`
-    counts those that were measured. A single row stays as it is. Where two models have a row of the same label at one budget,
-    the labels name the model.
+    counts those that were measured; `of_seeds` is there, and counts all, where some were not. A single row stays as it is. Where
+    two models have a row of the same label at one budget, the labels name the model.
 
     Args:
         rows: of a run, one for each cell and seed.
@@ -106,6 +109,8 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
 def of_metric(rows: Sequence[Row], name: str | None) -> list[Row]:
     """The rows with a metric's value and interval in place of the primary one's; rows without it are left out.
 
+    One that has a reason instead of a value is not "done".
+
     Args:
         rows: of a run.
         name: of the metric; None for the primary one.
@@ -123,6 +128,8 @@ def of_metric(rows: Sequence[Row], name: str | None) -> list[Row]:
             found.append(row)
         elif _has(row, name):
             found.append({**row, **row["metrics"][name], "metric": name})
+        elif (row.get("metrics") or {}).get(name):
+            found.append({**row, **row["metrics"][name], "metric": name, "status": _UNTOLD})
     return found
 
 
@@ -162,14 +169,25 @@ def best_of(rows: Sequence[Row]) -> dict[int, Best]:
         rows: aggregated ones, of one metric.
     """
     budgets: dict[int, list[Row]] = {}
-    for row in measured(rows):
-        budgets.setdefault(row["budget"], []).append(row)
-    found = {}
-    for budget, mine in sorted(budgets.items()):
-        first = min(mine, key=cost_of)
-        tied = frozenset(row["label"] for row in mine if row is not first and overlap(row, first))
-        found[budget] = Best(first["label"], tied)
-    return found
+    for row in rows:
+        if row["role"] == "sampler":
+            budgets.setdefault(row["budget"], []).append(row)
+    return {budget: _best(mine) for budget, mine in sorted(budgets.items()) if measured(mine)}
+
+
+def _best(rows: Sequence[Row]) -> Best:
+    """The best at one budget; a mean of fewer seeds than were asked for is not compared."""
+    whole = [row for row in measured(rows) if "of_seeds" not in row]
+    hidden = any(row["status"] in ("missing", _UNTOLD) for row in rows) or any(map(without_interval, whole))
+    if hidden or not whole:
+        return Best("", frozenset())
+    first = min(whole, key=cost_of)
+    return Best(first["label"], frozenset(row["label"] for row in whole if row is not first and overlap(row, first)))
+
+
+def without_interval(row: Row) -> bool:
+    """Whether a row says that nothing is known of its interval."""
+    return all(name in row and row[name] is None for name in ("low", "high", "standard_error"))
 
 
 def own_model(row: Row, rows: Sequence[Row]) -> Row | None:
@@ -263,9 +281,11 @@ def choose(rows: Sequence[Row], budget: int, metric: str | None = None) -> Choic
         most[row["label"]] = row
     candidates = sorted(most.values(), key=cost_of)
     first, *others = candidates
-    chances = chances_of_first(
-        [cost_of(row) for row in candidates], [row.get("standard_error") or 0.0 for row in candidates]
-    )
+    if any(map(without_interval, candidates)):
+        chances = [math.nan] * len(candidates)
+    else:
+        errors = [row.get("standard_error") or 0.0 for row in candidates]
+        chances = chances_of_first([cost_of(row) for row in candidates], errors)
     lowest = min(within, key=cost_of)
     cheaper = lowest if cost_of(lowest) < cost_of(first) else None
     tied = tuple(row for row in others if overlap(row, first))
@@ -289,15 +309,16 @@ def check_comparable(rows: Sequence[Row]) -> None:
 def _one(group: Sequence[Row]) -> Row:
     """A group of seeds as one row."""
     done = [row for row in group if row["status"] == "done"]
+    part: Row = {"seeds": len(done), "of_seeds": len(group)} if 0 < len(done) < len(group) else {}
     if len(done) < 2:
-        return done[0] if done else group[0]
+        return {**done[0], **part} if done else group[0]
     _check_seeds(done)
     first = {name: value for name, value in done[0].items() if name != "seed"}
     shared = [name for name in first.get("metrics") or {} if all(_has(row, name) for row in done)]
     means: Row = {name: statistics.fmean(row[name] for row in done) for name in _costs(done)}
     if "metrics" in first:
         means["metrics"] = {name: mean_of([row["metrics"][name] for row in done], name) for name in shared}
-    return {**first, **means, **mean_of(done), "nfe": max(row["nfe"] for row in done), "seeds": len(done)}
+    return {**first, **means, **mean_of(done), "nfe": max(row["nfe"] for row in done), "seeds": len(done), **part}
 
 
 def _costs(rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -240,6 +241,8 @@ def _calls(row: Any) -> str:
 
 
 def _percent(chance: float) -> str:
+    if math.isnan(chance):
+        return "not known"
     return "> 99.9 %" if chance > 0.999 else "< 0.1 %" if chance < 0.001 else f"{100 * chance:.1f} %"
 
 

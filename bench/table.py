@@ -82,7 +82,7 @@ class Layout:
         row = self.cells.get((label, budget))
         if row is None or row["status"] != "done":
             return "" if row is None else "failed" if row["status"] == "failed" else "-"
-        text = value_text(row) + marks(row, (label, budget) in self.beyond)
+        text = value_text(row) + marks(row, (label, budget) in self.beyond) + part_of_seeds(row)
         mine = self.best[budget]
         return best(text) if label == mine.label else tied(text) if label in mine.tied else text
 
@@ -153,7 +153,7 @@ def markdown(rows: Sequence[Row], floors: Sequence[Floor], title: str, note: str
     """
     lines = [f"# {title}", "", *_distances(layout(rows)), ""]
     lines += [*(f"- {line}" for line in notes(rows, floors, note)), ""]
-    for name in metrics_of(rows)[1:]:
+    for name in metrics_of(aggregated(rows))[1:]:
         shown = layout(rows, name)
         lines += [f"## {name}", "", *_distances(shown), "", *(f"- {line}" for line in _metric_notes(shown)), ""]
     return "\n".join([*lines, *_agreements(rows), *_costs(rows), *_training(rows)])
@@ -243,7 +243,7 @@ def notes(
     """
     shown = layout(rows)
     first = shown.rows[0]
-    seeds = max((row.get("seeds", 1) for row in shown.rows), default=1)
+    seeds = max((row.get("of_seeds") or row.get("seeds", 1) for row in shown.rows), default=1)
     means = f", mean of {seeds} seeds" if seeds > 1 else ""
     lines = [f"{note[0].upper()}{note[1:]}."] if note else []
     lines += [
@@ -252,6 +252,10 @@ def notes(
     ]
     if any(mine.tied for mine in shown.best.values()):
         lines.append(f"{best}: the best of a column; {tied}: its 95 % interval overlaps the best one's, a tie.")
+    if any(not mine.label for mine in shown.best.values()):
+        lines.append(
+            "A column has no best where a cell is left to another shard, or a value or its interval is not known."
+        )
     lines += _own(shown.rows)
     lines += [floor_text(floor) + "." for floor in floors]
     lines += [*_fewer(shown.rows), *_marked(shown), *_guidance(shown.rows), *_shared(rows)]
@@ -284,8 +288,10 @@ def _fewer(rows: Sequence[Row]) -> list[str]:
 
 
 def _marked(shown: Layout) -> list[str]:
-    """What the marks of this table mean."""
+    """What the marks of this table mean, and why a column has none."""
     lines = []
+    if any(not best.label for best in shown.best.values()):
+        lines.append("A column has no best where a cell is left to others, or a value or its interval is not known.")
     if any(row.get("trained") is False for row in measured(shown.rows)):
         lines.append(
             f"{UNTRAINED} The student was not trained for this number of calls; it takes the sampler of its plan."
@@ -367,6 +373,11 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
 def marks(row: Row, beyond: bool) -> str:
     """The marks beside a row's number."""
     return (UNTRAINED if row.get("trained") is False else "") + (BEYOND if beyond else "")
+
+
+def part_of_seeds(row: Row) -> str:
+    """How many seeds a mean has, where some failed."""
+    return f" ({row['seeds']} of {row['of_seeds']} seeds)" if "of_seeds" in row else ""
 
 
 def halves(row: Row) -> tuple[str, str]:

@@ -108,17 +108,17 @@ def test_an_estimate_that_may_be_negative_is_not_cut_off() -> None:
     assert (mean["value"], mean["low"]) == (pytest.approx(-0.1), pytest.approx(-0.1 - REACH * 0.1 / 2**0.5))
 
 
-def test_a_metric_without_a_value_in_a_seed_is_left_out() -> None:
+def test_a_metric_without_a_value_is_unknown() -> None:
     infinite = {"psnr": {"value": None, "low": None, "high": None, "standard_error": None}}
     rows = [row("a", 4, 1.0, metrics=infinite), row("b", 4, 1.0, metrics={"psnr": {**infinite["psnr"], "value": 3.0}})]
-    assert [r["label"] for r in of_metric(aggregated(rows), "psnr")] == ["b"]
+    assert [(r["label"], r["status"]) for r in of_metric(aggregated(rows), "psnr")] == [("a", "unknown"), ("b", "done")]
     with pytest.raises(ValueError, match="unknown metric 'psnr'"):
         of_metric(rows[:1], "psnr")
 
 
 def test_seeds_that_failed_are_left_out_and_a_cell_without_any_stays_as_it_is() -> None:
     failed = {**row("a", 4, 0.0, seed=1), "status": "failed", "reason": "NaN"}
-    assert aggregated([failed, row("a", 4, 1.0)]) == [row("a", 4, 1.0)]
+    assert aggregated([failed, row("a", 4, 1.0)]) == [row("a", 4, 1.0, seeds=1, of_seeds=2)]
     assert aggregated([failed]) == [failed]
 
 

@@ -119,10 +119,39 @@ def test_a_further_metric_is_four_columns_and_a_table() -> None:
     assert table.loc[0, ["kd", "kd_low", "kd_high", "kd_standard_error"]].tolist() == [0.25, 0.2, 0.3, 0.025]
     assert table.loc[1, ["kd_low", "kd_high"]].isna().all()
     part = markdown(rows, (), "t").split("## kd\n")[1]
-    assert "| a | **0.250 ± 0.050** |" in part
+    assert "| a | 0.250 ± 0.050 |" in part  # which nothing tells from b
+    assert "- A column has no best where a cell is left to others, or a value or its interval is not known." in part
     assert "| b | 0.5 |" in part
     assert "Smaller is better" in part
     assert "| c |" not in part.split("##")[0]
+
+
+def test_a_column_with_a_cell_of_another_shard_has_no_best() -> None:
+    left = {**row("b", 4, 5.0), "status": "missing", "reason": "left to another shard"}
+    part = markdown([row("a", 4, 2.0), left, row("a", 8, 1.0), row("b", 8, 3.0)], (), "t")
+    assert "| a | 2.00 ± 0.20 | **1.00 ± 0.20** |" in part
+    assert "A column has no best where a cell is left to others" in part
+    assert "Not measured: b at 4; left to another shard." in part
+
+
+def test_an_infinite_figure_leaves_the_column_without_a_best() -> None:
+    none = {"value": None, "low": None, "high": None, "standard_error": None, "reason": "it is inf"}
+    rows = [row("a", 4, 2.0, metrics={"psnr": none}), row("b", 4, 5.0, metrics={"psnr": KD})]
+    part = markdown(rows, (), "t").split("## psnr\n")[1]
+    assert "| a | - |" in part
+    assert "| b | 0.250 ± 0.050 |" in part
+    assert "psnr not known of a at 4: it is inf." in markdown(rows, (), "t")
+
+
+def test_a_mean_of_fewer_seeds_says_so_and_is_not_the_best() -> None:
+    failed = {**row("b", 4, 0.0), "status": "failed", "reason": "NaN"}
+    rows = [row("a", 4, 2.0, seed=k) for k in range(3)]
+    rows += [row("b", 4, 1.0, seed=0), {**failed, "seed": 1}, {**failed, "seed": 2}]
+    part = markdown(rows, (), "t")
+    assert re.search(r"\| a \| \*\*2\.00 ± 0\.\d+\*\* \|", part)
+    assert "| b | 1.00 ± 0.20 (1 of 3 seeds) |" in part
+    assert "mean of 3 seeds" in part
+    assert "(1 of 3 seeds)" in latex(rows, (), "t")
 
 
 def test_the_terminal_marks_the_same_cells() -> None:
