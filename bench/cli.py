@@ -34,7 +34,7 @@ def main() -> None:
 def certify(samplers: str | None, out: Path | None, quick: bool) -> None:
     """Certify order, parity with diffusers and equalities of every sampler.
 
-    Takes about ten minutes for all of them; exit code 1 if a certificate fails.
+    Takes about twenty minutes for all of them; exit code 1 if a certificate fails.
     """
     from rich.console import Console
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+PARTS = ("_low", "_high", "_standard_error", "_reason", "_model_value")  # of the columns beside `<metric>`
 COLUMNS = {
     "role": "`sampler` of a row of the suite, student or not; `teacher` of the many-step run",
     "label": "how the table calls the row",

@@ -31,8 +31,7 @@ _EQUAL = (
     "guidance",
 )  # or a mean means nothing
 _SHARES = frozenset({"precision", "recall", "coverage", "label_agreement"})  # in [0, 1]
-# the figures of the one metric "manifold", and one that every judge of labels gives
-_QUALITIES = frozenset({"precision", "recall", "density", "coverage", "label_agreement"})
+_AGREEMENT = "label_agreement"  # which is no metric, as every judge of labels gives it
 _NODES = 4096  # of the quadrature
 _UNTOLD = "unknown"  # status of a row whose figure has a reason instead of a value
 
@@ -142,7 +141,9 @@ def higher_is_better(metric: str) -> bool:
     """Whether a metric is a quality, such as precision, rather than a distance, as one that nobody registered is taken for."""
     from bench.judging import metrics
 
-    return metric in _QUALITIES or (metric in metrics() and metrics()[metric].higher_is_better)
+    return metric == _AGREEMENT or any(
+        known.higher_is_better and metric in known.columns for known in metrics().values()
+    )
 
 
 def cost_of(row: Row) -> float:

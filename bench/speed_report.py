@@ -41,7 +41,9 @@ def write_speed(rows: Sequence[Row], whole: Sequence[EndToEnd], out: Path, devic
         f"Microseconds for each network call of a {STEPS}-step run on a null network, float32, medians with half the "
         "interquartile range. `theirs`: diffusers' scheduler of the same method, empty where it has none. `floor`: the bytes our "
         "plan must move over the bandwidth of a copy that cycles over as many buffers as the plan does. Every registered sampler "
-        "that is deterministic with one call a step is held against it.\n\n"
+        "that is deterministic with one call a step is held against it. Stochastic methods draw from torch's generator on both "
+        "sides; the noise of a seed that each sample has for itself (`samplers.noise`), which is the default, costs more than "
+        "that.\n\n"
     )
     write_text(out / "table.csv", frame.to_csv(index=False))
     write_text(out / "table.md", title + summary + "\n\n" + notes + _markdown(frame[columns]))

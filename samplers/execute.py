@@ -65,7 +65,8 @@ def run_plan(
         model: the epsilon-model; its network is called `plan.nfe` times, without gradient.
         x_T: start state (B, ...), in x coordinates (`alpha x_0 + sigma eps` at `plan.times[0]`); it is not written to.
         seed, indices: noise k of a stochastic plan is that of (seed, index) for every sample, (B,) int64, 0 .. B-1 by default.
-        noise_source: `(k, like) -> Tensor` of like's shape, instead of the seed; k counts the noises that are used.
+        noise_source: `(k, like) -> Tensor` of like's shape, instead of the seed; k counts the noises that are used. Each call
+            gives another tensor, or one that is not written to before the run ends, as a plan may use a noise twice.
         callback: called with a `Progress` at the end of every step.
         cond: passed to every network call as keyword arguments.
         check: True looks for NaN and Inf once at the end, and on failure runs again to find the step, noise_source too;

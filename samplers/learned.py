@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from samplers.execute import Loop, NoiseSource, check_schedule, draw_noise, noise_of
+from samplers.execute import Loop, NoiseSource, check_schedule, check_start, draw_noise, noise_of
 from samplers.model import EpsModel
 from samplers.plan import Plan, require_plan
 from samplers.program import Evaluate, Sum
@@ -63,8 +63,11 @@ class LearnedPlan(nn.Module):
             Shape, dtype and device of x_T. NaN and Inf are not looked for.
 
         Raises:
-            ValueError: the model does not give what the plan evaluates (epsilon-prediction where alpha = 0).
+            ValueError, TypeError: x_T is no state of the model's, the plan was made on another schedule, or the model does not
+                give what the plan evaluates (epsilon-prediction where alpha = 0).
         """
+        check_start(model, x_T)
+        check_schedule(self.start, model.schedule)
         draw = noise_of(noise_source, seed, indices, len(x_T), x_T.device)
         noises = [draw_noise(draw, k, x_T) for k in range(self.start.noises)]
         calls, within = self._calls(), self._within()

@@ -72,8 +72,8 @@ class EpsModel:
     Args:
         net: `net(x, t, **cond) -> output`, with x (B, ...), t (B,) of x's dtype (float32 where x is of half precision),
             and an output of x's shape, which each call may write where the last one did (but not into several buffers by
-            turns). The memory of x is used again by the next call. For `predicts="edm"` it is the raw network F, called with
-            `c_in x / alpha` and `c_noise = log(sigma / alpha) / 4`.
+            turns). It must not write to x, whose memory is used again by the next call. For `predicts="edm"` it is the raw
+            network F, called with `c_in x / alpha` and `c_noise = log(sigma / alpha) / 4`.
         schedule: the noise schedule the network was trained on.
         predicts: "eps", "x0", "v", "score", "flow" (dx/dt of the interpolant) or "edm".
         time_input: maps the schedule's time (B,) to what the network takes, e.g. `lambda t: 1000 * t`; None: passed as it is.

@@ -316,6 +316,31 @@ def test_an_installed_package_adds_a_metric(gmm: BenchModel, tmp_path: Path, add
     assert found[0]["metrics"] == {"largest": {"value": pytest.approx(expected), **nothing}}
 
 
+def test_a_metric_of_several_figures_names_them_and_what_is_better(added: Any, gmm: BenchModel, tmp_path: Path) -> None:
+    def pair(arrays: Any, judge: Any) -> dict[str, Distance]:
+        mean = float(np.abs(arrays["features"]).mean())
+        return {name: Distance(mean, mean - 0.1, mean + 0.1, 0.05, 10) for name in ("good_a", "good_b")}
+
+    added(Metric("pair", pair, higher_is_better=True, columns=("good_a", "good_b")))
+    rows = run_suite(SUITE.changed(["ddim"], metrics=["pair"], seeds=[0]), gmm, tmp_path, "cpu", Console(quiet=True))
+    assert set(rows[0]["metrics"]) == {"good_a", "good_b"}
+    assert "- Larger is better." in markdown(rows, (), "t").split("## good_a")[1].split("##")[0]
+    with pytest.raises(ValueError, match=r"metric 'pair' has the columns \('pair',\), but gave \('good_a', 'good_b'\)"):
+        Metric("pair", pair).figures({"features": np.ones(3)}, None)
+
+
+@pytest.mark.parametrize("column", ["value", "seconds", "mine_low", "mine_model_value"])
+def test_a_metric_takes_no_column_of_every_table(column: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot have the column '{column}', which means something else"):
+        Metric("mine", lambda arrays, judge: Distance(0, 0, 0, 0, 1), columns=(column,))
+
+
+def test_two_metrics_do_not_share_a_column(added: Any) -> None:
+    added(Metric("mine", lambda arrays, judge: Distance(0, 0, 0, 0, 1), columns=("recall",)))
+    with pytest.raises(ValueError, match="metrics 'manifold' and 'mine' both have the column 'recall'"):
+        get_metric("rmse")
+
+
 def test_an_entry_point_that_is_no_metric_or_takes_a_name_is_refused(added: Any) -> None:
     added(3)
     with pytest.raises(TypeError, match=r"entry point 'mine' of fewstep\.metrics must be a Metric, got int"):

@@ -98,3 +98,12 @@ def test_good_seeds(seed):
     assert check_seed(seed) == seed
     assert type(check_seed(seed)) is int
     assert torch.equal(numbers(seed=seed), numbers(seed=int(seed)))
+
+
+def test_a_large_batch_has_the_bits_of_each_sample_alone():
+    indices, shape = torch.arange(5), (3, 300, 300)  # more numbers than are drawn at once
+    whole = standard_normal(7, indices, 2, shape)
+    for i in range(5):
+        assert torch.equal(whole[i : i + 1], standard_normal(7, indices[i : i + 1], 2, shape))
+    out = torch.empty((5, *shape)).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(standard_normal(7, indices, 2, shape, out=out), whole)

@@ -153,7 +153,8 @@ def test_the_best_is_a_set_of_overlapping_intervals() -> None:
 
 def test_a_metric_that_counts_the_other_way_has_its_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     recall = Metric("some_recall", lambda arrays, judge: None, higher_is_better=True)  # type: ignore[arg-type,return-value]
-    monkeypatch.setattr(judging, "metrics", lambda: {recall.name: recall})
+    known = {recall.name: recall, "manifold": judging.get_metric("manifold")}
+    monkeypatch.setattr(judging, "metrics", lambda: known)
     values = {"a": 0.5, "b": 0.9, "t": 0.7}
     further = {
         label: {"some_recall": {"value": v, "low": v - 0.01, "high": v + 0.01, "standard_error": 0.005}}

@@ -61,8 +61,8 @@ def stage(
     else:
         t = grid.schedule.t_of_lam(lam)
         alpha, sigma = grid.schedule.alpha(t), grid.schedule.sigma(t)
-    with np.errstate(divide="ignore"):
-        by_state = alpha * state / grid.alpha[:-1]  # infinite where alpha = 0, a step that Draft writes
+    with np.errstate(divide="ignore", invalid="ignore"):
+        by_state = alpha * state / grid.alpha[:-1]  # no number where alpha = 0, a step that Draft writes
     by_noise = alpha[:, None] * np.stack(noises, axis=-1) if noises else np.empty((len(t), 0))
     columns = (t, alpha, sigma, by_state, alpha * first, alpha * latest, by_noise)
     return Stage(*(column.tolist() for column in columns))
