@@ -50,6 +50,7 @@ COLUMNS = {
     "ms_per_image": "of sampling",
     "peak_memory_mb": "of the accelerator, or of the process where the system can reset it, else since the process began",
     "energy_joules": "of the accelerator while sampling, where NVML gives it",
+    "device_name": "of the accelerator or of the processor, as it calls itself",
     "threads": "of torch on the processor",
     "processes": "that shared the cell's samples",
     "batch_size": "samples of a network call",

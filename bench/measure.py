@@ -20,7 +20,7 @@ from bench.judging import Arrays, Metric
 from bench.metrics import Distance, frechet_interval
 from bench.network import Network
 from bench.overlap import Fetch, SamplingStream, pipelined
-from bench.provenance import energy_joules, peak_memory_mb, reset_peak_memory
+from bench.provenance import device_name, energy_joules, peak_memory_mb, reset_peak_memory
 from bench.results import unknown_figure
 from bench.students import run_network
 from bench.suite import SamplerSpec
@@ -368,6 +368,7 @@ def _row(cell: Cell, running: Running, blocks: Blocks, arrays: Arrays) -> Row:
         "images_per_second": round(count / seconds, 2),
         **({"energy_joules": round(joules, 1)} if joules > 0 else {}),  # NaN where a batch was judged meanwhile
         "peak_memory_mb": peak_memory_mb(running.device),
+        "device_name": device_name(running.device),
         "threads": torch.get_num_threads(),
         "processes": running.workers.size,
         "batch_size": running.batch_size,

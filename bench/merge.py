@@ -21,7 +21,7 @@ from bench.store import write_text
 Row = dict[str, Any]
 # what another measurement of the same cell may find different
 _TIMINGS = {"seconds", "judging_seconds", "images_per_second", "peak_memory_mb", "energy_joules"}
-_CIRCUMSTANCES = {"threads", "processes", "measured_at", "shared_first_call", "overlapped"}
+_CIRCUMSTANCES = {"device_name", "threads", "processes", "measured_at", "shared_first_call", "overlapped"}
 _ROUNDING = 1e-6  # relative; float sums in another order differ by less
 
 

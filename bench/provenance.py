@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def machine(device: str) -> Row:
     """Where and with what something was measured: commit, device, threads, platform, versions."""
     return {
         "commit": _commit(),
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -97,7 +98,9 @@ def machine(device: str) -> Row:
     }
 
 
-def _device_name(device: str) -> str:
+@lru_cache
+def device_name(device: str) -> str:
+    """Of the accelerator, or of the processor with its number of cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")

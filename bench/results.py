@@ -33,7 +33,7 @@ _TEXT = frozenset(
             "integrators",
             "plugins",
         ),
-        *("metric", "dtype", "device", "torch", "code", "status", "reason", "measured_at"),
+        *("metric", "dtype", "device", "device_name", "torch", "code", "status", "reason", "measured_at"),
     )
 )
 _MEANT_EMPTY = ("grid", "final")

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from rich.table import Table
 
+from bench.costs import costs, md_line, per_image, training
 from bench.floor import Floor
 from bench.ranking import (
     BEYOND,
@@ -27,21 +28,11 @@ from bench.ranking import (
     own_model,
     tuned_here,
 )
-from bench.results import INTERVAL, MODEL_VALUE, MS_PER_IMAGE, REASON
+from bench.results import INTERVAL, MODEL_VALUE, REASON
 
 Row = dict[str, Any]
 OWN = "model itself"  # head of the last column
 _WHOLE = ("nfe", "train_images", "evaluations", "guided_evaluations", "sequential_calls")
-_COSTS = {
-    "nfe": "calls",
-    "sequential_calls": "sequential depth",
-    "evaluations": "evaluations",
-    "guided_evaluations": "evaluations under guidance",
-    "images_per_second": "images/s",
-    MS_PER_IMAGE: "ms/image",
-    "peak_memory_mb": "peak memory (MB)",
-    "energy_joules": "energy (J)",
-}
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ def _flat(row: Row) -> Row:
     for name, parts in (row.get("metrics") or {}).items():
         flat |= {name: parts["value"], **{f"{name}_{part}": parts.get(part) for part in INTERVAL}}
         flat |= {f"{name}_{REASON}": parts[REASON]} if parts.get(REASON) else {}
-    return {**flat, **_per_image(row), "options": _literal(row["options"])}
+    return {**flat, **per_image(row), "options": _literal(row["options"])}
 
 
 def _literal(options: Row) -> str:
@@ -137,11 +128,6 @@ def _own_values(row: Row, rows: Sequence[Row]) -> Row:
     return {MODEL_VALUE: many["value"], **further}
 
 
-def _per_image(row: Row) -> Row:
-    speed = row.get("images_per_second")
-    return {MS_PER_IMAGE: round(1000.0 / speed, 4)} if speed else {}
-
-
 def markdown(rows: Sequence[Row], floors: Sequence[Floor], title: str, note: str = "") -> str:
     """The tables of distances, samplers down and budgets across, with the lines a reader needs to judge them, and of costs.
 
@@ -156,16 +142,16 @@ def markdown(rows: Sequence[Row], floors: Sequence[Floor], title: str, note: str
     for name in metrics_of(aggregated(rows))[1:]:
         shown = layout(rows, name)
         lines += [f"## {name}", "", *_distances(shown), "", *(f"- {line}" for line in _metric_notes(shown)), ""]
-    return "\n".join([*lines, *_agreements(rows), *_costs(rows), *_training(rows)])
+    return "\n".join([*lines, *_agreements(rows), *costs(rows), *training(rows)])
 
 
 def _distances(shown: Layout) -> list[str]:
     last = [OWN] if shown.own else []
     head = ["sampler", *(f"NFE {n}" for n in shown.budgets), *last]
-    lines = [_md(head), _md(["---", *("---:" for _ in head[1:])])]
+    lines = [md_line(head), md_line(["---", *("---:" for _ in head[1:])])]
     for label in shown.labels:
         texts = shown.texts(label, lambda text: f"**{text}**", lambda text: f"= {text}")
-        lines.append(_md([shown.name(label), *texts, *(shown.own_text(label) for _ in last)]))
+        lines.append(md_line([shown.name(label), *texts, *(shown.own_text(label) for _ in last)]))
     return lines
 
 
@@ -189,45 +175,16 @@ def _agreements(rows: Sequence[Row]) -> list[str]:
     if not any(row.get("guidance") for row in mine):
         return []
     shown, found = layout(rows), {(row["role"], row["label"], row["budget"]): row["label_agreement"] for row in mine}
-    lines = ["## Label agreement", "", _md(["sampler", *(f"NFE {n}" for n in shown.budgets)])]
-    lines.append(_md(["---", *("---:" for _ in shown.budgets)]))
+    lines = ["## Label agreement", "", md_line(["sampler", *(f"NFE {n}" for n in shown.budgets)])]
+    lines.append(md_line(["---", *("---:" for _ in shown.budgets)]))
     for label in shown.labels:
         shares = (found.get(("sampler", label, n)) for n in shown.budgets)
-        lines.append(_md([shown.name(label), *("" if share is None else f"{100 * share:.1f} %" for share in shares)]))
+        lines.append(
+            md_line([shown.name(label), *("" if share is None else f"{100 * share:.1f} %" for share in shares)])
+        )
     own = [f"{100 * row['label_agreement']:.1f} %" for row in mine if row["role"] == "teacher"]
     model = f" The model itself: {own[0]}." if own else ""
     return [*lines, "", f"- Samples that the classifier gives the label they were asked for.{model}", ""]
-
-
-def _costs(rows: Sequence[Row]) -> list[str]:
-    """Lines of a table of what each cell took; columns that no row has are left out."""
-    mine = [{**row, **_per_image(row)} for row in measured(aggregated(rows))]
-    names = [name for name in _COSTS if any(row.get(name) is not None for row in mine)]
-    if not names or names == ["nfe"]:
-        return []
-    head = ["sampler", "budget", *(_COSTS[name] for name in names)]
-    lines = ["## Cost", "", _md(head), _md(["---", *("---:" for _ in head[1:])])]
-    for row in mine:
-        costs = ("" if row.get(name) is None else _amount(row[name]) for name in names)
-        lines.append(_md([row["label"], str(row["budget"]), *costs]))
-    return [*lines, ""]
-
-
-def _amount(value: float) -> str:
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def _training(rows: Sequence[Row]) -> list[str]:
-    """Lines of a table of what the training of each student took, over all phases up to it."""
-    mine = [row for row in measured(aggregated(rows)) if row.get("trained") and "train_images" in row]
-    if not mine:
-        return []
-    head = ["student", "calls", "images", "minutes", "of which"]
-    lines = ["## Training", "", _md(head), _md(["---", "---:", "---:", "---:", "---"])]
-    for row in sorted(mine, key=lambda row: (row["label"], -row["nfe"])):
-        cost = [row["nfe"], row["train_images"], f"{row['train_minutes']:g}", row["train_phases"]]
-        lines.append(_md([row["label"], *map(str, cost)]))
-    return [*lines, ""]
 
 
 def notes(
@@ -397,7 +354,3 @@ def value_text(row: Row) -> str:
     """The value ± half its interval."""
     value, half = halves(row)
     return f"{value} ± {half}" if half else value
-
-
-def _md(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

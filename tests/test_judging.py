@@ -23,7 +23,7 @@ from bench.engine import run_suite
 from bench.intervals import Distance
 from bench.judging import Metric, get_metric
 from bench.metrics import frechet_infinity
-from bench.provenance import provenance
+from bench.provenance import machine, provenance
 from bench.ranking import metrics_of
 from bench.report import write_results
 from bench.results import read_rows, unknown_figure
@@ -164,6 +164,11 @@ def test_infinitely_many_samples_take_as_many_halvings_as_there_can_be(gmm: Benc
     for n, halvings in ((16, 2), (17, 3)):
         found = get_metric("fd_infinity").figures({"features": features[n]}, gmm.judge)["fd_infinity"]
         assert found == frechet_infinity(features[n], gmm.judge.reference, halvings)
+
+
+def test_a_row_names_its_device_and_its_key_does_not(gmm: BenchModel, rows: list[dict[str, Any]]) -> None:
+    assert {row["device_name"] for row in rows} == {machine("cpu")["device"]}
+    assert all("device_name" not in identity(cell, "cpu") for cell in resolve(SUITE, gmm, "cpu"))
 
 
 def test_every_column_of_a_run_is_documented(rows: list[dict[str, Any]]) -> None:

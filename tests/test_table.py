@@ -112,6 +112,19 @@ def test_costs_have_the_columns_that_rows_have() -> None:
     assert table["sequential_calls"].dtype == "Int64"
 
 
+def test_costs_under_other_conditions_are_told_of() -> None:
+    """Rows of a batch of 2000 and of 10 stood side by side without a word."""
+    alike = [row("a", n, 2.0, batch_size=2000, device_name="gpu") for n in (4, 8)]
+    assert "Not measured alike" not in markdown(alike, (), "t")
+    other = row("b", 4, 5.0, batch_size=10, threads=4, compile="graph", device_name="gpu")
+    assert (
+        "- Not measured alike, so that times and memory do not compare: threads 1, but 4 of b at 4; batch size 2000, but 10 of b "
+        "at 4; compiled no, but graph of b at 4."
+    ) in markdown([*alike, other], (), "t").split("## Cost")[1].splitlines()
+    seeds = [*alike, row("a", 4, 2.0, seed=1, overlapped=True, batch_size=2000)]
+    assert "overlapped no, but yes of a at 4." in markdown(seeds, (), "t")
+
+
 def test_a_further_metric_is_four_columns_and_a_table() -> None:
     unknown = {"value": 0.5, "low": None, "high": None, "standard_error": None}
     rows = [row("a", 4, 2.0, metrics={"kd": KD}), row("b", 4, 5.0, metrics={"kd": unknown}), row("c", 4, 1.0)]
