@@ -192,9 +192,9 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 _UNREADABLE = """
 import bench.api
 from distill.checkpoint import CheckpointError
-def broken(*args):
+def broken(*args, **how):
     raise CheckpointError('model.safetensors is truncated')
-bench.api.load_model = broken
+bench.api.load_network = broken
 """
 
 
