@@ -179,11 +179,10 @@ def _measure(run: Any) -> int:
     if run.overhead is not None:
         say(f"engine: {100 * run.overhead:.1f} % beside sampling and judging")
     title, missing = write_results(suite, model, folder, device, rows, run.record), _missing(rows)
-    while (
-        missing and _missing(again := run.known()) < missing
-    ):  # another shard ended meanwhile, and may have written before
-        rows, missing = again, _missing(again)
-        title = write_results(suite, model, folder, device, rows, run.record)
+    # another shard that ended meanwhile may have written its table before this one
+    while missing and _missing(run.known()) < missing:
+        rows = run.known()
+        title, missing = write_results(suite, model, folder, device, rows, run.record), _missing(rows)
     if missing:
         say(
             f"{missing} of {len(rows)} cells are left to other shards; the command without --shard makes the table of all, "

@@ -57,7 +57,7 @@ class Choice:
     Attributes:
         row: the best of `candidates`.
         candidates: of every sampler the row with the most calls within the budget, best first.
-        chances: probability that each candidate is really the best, in their order; NaN where an interval is not known.
+        chances: probability that each candidate is really the best, in their order; NaN where they are `hidden`.
         tied: those of the candidates whose interval overlaps that of `row`.
         cheaper: a row with fewer calls and a better value than `row`; None where there is none.
     """
@@ -179,15 +179,18 @@ def best_of(rows: Sequence[Row]) -> dict[int, Best]:
 def _best(rows: Sequence[Row]) -> Best:
     """The best at one budget; a mean of fewer seeds than were asked for is not compared."""
     whole = [row for row in measured(rows) if "of_seeds" not in row]
-    hidden = any(row["status"] in ("missing", _UNTOLD) for row in rows) or any(map(without_interval, whole))
-    if hidden or not whole:
+    if not whole or hidden(rows):
         return Best("", frozenset())
     first = min(whole, key=cost_of)
     return Best(first["label"], frozenset(row["label"] for row in whole if row is not first and overlap(row, first)))
 
 
-def without_interval(row: Row) -> bool:
-    """Whether a row says that nothing is known of its interval."""
+def hidden(rows: Sequence[Row]) -> bool:
+    """Whether one of the rows is left to another shard, or says that its value or its interval is not known."""
+    return any(row["status"] in ("missing", _UNTOLD) for row in rows) or any(map(_without_interval, measured(rows)))
+
+
+def _without_interval(row: Row) -> bool:
     return all(name in row and row[name] is None for name in ("low", "high", "standard_error"))
 
 
@@ -257,7 +260,7 @@ def chances_of_first(values: Sequence[float], errors: Sequence[float]) -> list[f
 def choose(rows: Sequence[Row], budget: int, metric: str | None = None) -> Choice:
     """The best sampler among the rows that need no more calls than the budget.
 
-    Each sampler enters with the row that makes the most calls within it, by the calls really made.
+    Each sampler enters with the row that makes the most calls within it, by the calls really made, and has all its seeds.
 
     Args:
         rows: of a run.
@@ -269,7 +272,8 @@ def choose(rows: Sequence[Row], budget: int, metric: str | None = None) -> Choic
     """
     if budget < 1:
         raise ValueError(f"budget must be at least 1, got {budget}")
-    mine = measured(of_metric(aggregated(rows), metric))
+    found = of_metric(aggregated(rows), metric)
+    mine = [row for row in measured(found) if "of_seeds" not in row] or measured(found)
     if not mine:
         raise ValueError("no sampler has a measured row")
     check_comparable(mine)
@@ -282,7 +286,7 @@ def choose(rows: Sequence[Row], budget: int, metric: str | None = None) -> Choic
         most[row["label"]] = row
     candidates = sorted(most.values(), key=cost_of)
     first, *others = candidates
-    if any(map(without_interval, candidates)):
+    if hidden([row for row in found if row["role"] == "sampler" and row["budget"] <= budget]):
         chances = [math.nan] * len(candidates)
     else:
         errors = [row.get("standard_error") or 0.0 for row in candidates]

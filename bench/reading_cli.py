@@ -218,7 +218,9 @@ def _show_choice(choice: Any, rows: Sequence[Any], budget: int) -> None:
     beyond = beyond_model(of_metric(aggregated(rows), name))
     lines = [
         f"use: {row['label']} with {_calls(row)} calls, {name} {value_text(row)} of {row['num_samples']} samples",
-        f"how sure: {_percent(choice.chances[0])} that it is really the best, by independent normal errors",
+        "how sure: not known, as a value or an interval of another is not"
+        if math.isnan(choice.chances[0])
+        else f"how sure: {_percent(choice.chances[0])} that it is really the best, by independent normal errors",
     ]
     if choice.tied:
         names = ", ".join(other["label"] for other in choice.tied)

@@ -140,8 +140,8 @@ def manifold_metrics(
     reference plus the jackknife's over 20 blocks of samples (see `bench.intervals.jackknife`), which errs on the wide side where
     a figure is not smooth in the samples: measured on digits, up to 1.7 times. Precision, recall and coverage are shares, and so
     are the ends of their intervals (see `bench.intervals.share_interval`). Precision and recall depend on the numbers of samples:
-    compare at equal ones. A density of 0 has neither an error nor an upper end, since no sample shows in how many balls those lie
-    that lie in any. The cost is `N M + N^2 + M^2` distances; memory is some blocks of them.
+    compare at equal ones. A density of 0 has neither an error nor an upper end, as no sample shows in how many balls one lies.
+    The cost is `N M + N^2 + M^2` distances; memory is some blocks of them.
 
     Args:
         features: (N, d), finite.

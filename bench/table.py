@@ -209,10 +209,6 @@ def notes(
     ]
     if any(mine.tied for mine in shown.best.values()):
         lines.append(f"{best}: the best of a column; {tied}: its 95 % interval overlaps the best one's, a tie.")
-    if any(not mine.label for mine in shown.best.values()):
-        lines.append(
-            "A column has no best where a cell is left to another shard, or a value or its interval is not known."
-        )
     lines += _own(shown.rows)
     lines += [floor_text(floor) + "." for floor in floors]
     lines += [*_fewer(shown.rows), *_marked(shown), *_guidance(shown.rows), *_shared(rows)]

@@ -308,3 +308,13 @@ def test_pick_without_results_says_where_it_looked(tmp_path: Path) -> None:
     assert "there is no results folder" in said(run("pick", "--budget", 4, "--results", tmp_path / "x"))
     assert "there are no results of 'nobody'" in said(run("pick", "--budget", 4, "--model", "nobody"))
     assert "holds no results: neither table.csv nor cells" in said(run("pick", "--budget", 4, "--results", tmp_path))
+
+
+def test_a_choice_is_not_sure_where_a_value_is_not_known_and_takes_no_part_of_seeds() -> None:
+    none = {"value": None, "low": None, "high": None, "standard_error": None, "reason": "it is inf"}
+    known = {"value": 19.0, "low": 17.0, "high": 21.0, "standard_error": 1.0}
+    rows = [row("a", 4, 2.0, metrics={"psnr": none}), row("b", 4, 5.0, metrics={"psnr": known})]
+    assert math.isnan(choose(rows, 4, "psnr").chances[0])
+    assert choose(rows, 4).chances[0] > 0.999
+    failed = {**row("c", 4, 1.0, seed=1), "status": "failed", "reason": "NaN"}
+    assert choose([*rows, row("c", 4, 1.0), failed], 4).row["label"] == "a"
