@@ -100,6 +100,14 @@ def test_good_seeds(seed):
     assert torch.equal(numbers(seed=seed), numbers(seed=int(seed)))
 
 
+@pytest.mark.parametrize("at_once", [4, 1 << 12, 1 << 30])
+def test_the_bits_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch, at_once):
+    indices, shape = torch.arange(3), (5, 31, 31)
+    whole = standard_normal(7, indices, 2, shape)
+    monkeypatch.setattr("samplers.noise._AT_ONCE", at_once)
+    assert torch.equal(standard_normal(7, indices, 2, shape), whole)
+
+
 def test_a_large_batch_has_the_bits_of_each_sample_alone():
     indices, shape = torch.arange(5), (3, 300, 300)  # more numbers than are drawn at once
     whole = standard_normal(7, indices, 2, shape)
