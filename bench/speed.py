@@ -2,7 +2,8 @@
 
 The network is a null one that returns prepared tensors, so what is timed is the update: Python, allocation and memory
 traffic. Both sides run the same number of steps with the same threads in one process, in turn, and medians are compared,
-because the clock of a shared machine drifts. Stochastic methods draw their noise from torch's generator on both sides.
+because the clock of a shared machine drifts. Stochastic methods draw their noise from torch's generator on both sides, and ours
+also as it is drawn by default, for each sample by itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from samplers import EpsModel, Plan, list_samplers, make_plan, run_plan, schedules
+from samplers.execute import NoiseSource
 from samplers.program import Call, Program, Sum
 
 SHAPES = ((1, 4, 8, 8), (64, 3, 32, 32), (16, 4, 128, 128))
@@ -94,6 +96,8 @@ class Row:
         theirs, theirs_spread: of diffusers' loop over `step` and `scale_model_input`, `set_timesteps` not included; NaN where
             there is none.
         ratio: theirs / ours.
+        seeded: of `run_plan` with the noise of a seed, which each sample has for itself; NaN where the plan is deterministic.
+        seeded_ratio: theirs / seeded.
         floor: the bytes our plan must move over the bandwidth of a copy that cycles over as many buffers as the plan does, for
             as many bytes, and in turn with both sides.
         over_floor: ours / floor.
@@ -109,6 +113,8 @@ class Row:
     theirs: float
     theirs_spread: float
     ratio: float
+    seeded: float
+    seeded_ratio: float
     floor: float
     over_floor: float
     registers: int
@@ -152,21 +158,31 @@ def _row(method: Method, shape: tuple[int, ...], device: torch.device, seconds: 
         extra = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
         return _timed(device, lambda: _follow(scheduler, x_T, outputs, extra))
 
-    def ours() -> float:
-        return _timed(device, lambda: run_plan(plan, model, x_T, noise_source=noise))
+    def ours(draw: NoiseSource | None = noise) -> float:
+        return _timed(device, lambda: run_plan(plan, model, x_T, noise_source=draw))
 
     moved = bytes_moved(plan, x_T.numel() * x_T.element_size())
     copies, copied = _copies(x_T, registers + 1, moved)
-    mine, *other, copying = _alternate([ours, *([theirs] if method.scheduler else []), copies], seconds)
-    loop_floor = statistics.median(copying) * moved / copied / plan.nfe
-    a, a_spread = _centre(mine, plan.nfe)
-    b, b_spread = _centre(other[0], len(_scheduler(method, device).timesteps)) if other else (math.nan, math.nan)
+    timed = {"ours": ours, "copies": copies}
+    if method.scheduler:
+        timed["theirs"] = theirs
+    if plan.stochastic:
+        timed["seeded"] = partial(ours, None)
+    times = dict(zip(timed, _alternate(list(timed.values()), seconds), strict=True))
+    loop_floor = statistics.median(times["copies"]) * moved / copied / plan.nfe
+    a, a_spread = _centre(times["ours"], plan.nfe)
+    b, b_spread = math.nan, math.nan
+    if method.scheduler:
+        b, b_spread = _centre(times["theirs"], len(_scheduler(method, device).timesteps))
+    seeded = _centre(times["seeded"], plan.nfe)[0] if plan.stochastic else math.nan
     return Row(
         method.sampler,
         method.scheduler,
         "x".join(map(str, shape)),
         *(a, a_spread, b, b_spread),
         b / a,
+        seeded,
+        b / seeded,
         loop_floor,
         a / loop_floor,
         registers,

@@ -6,6 +6,7 @@ The plot is of the methods that diffusers has.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ def write_speed(rows: Sequence[Row], whole: Sequence[EndToEnd], out: Path, devic
         "theirs",
         "theirs_spread",
         "ratio",
+        "seeded",
+        "seeded_ratio",
         "floor",
         "over_floor",
         "registers",
@@ -42,8 +45,8 @@ def write_speed(rows: Sequence[Row], whole: Sequence[EndToEnd], out: Path, devic
         "interquartile range. `theirs`: diffusers' scheduler of the same method, empty where it has none. `floor`: the bytes our "
         "plan must move over the bandwidth of a copy that cycles over as many buffers as the plan does. Every registered sampler "
         "that is deterministic with one call a step is held against it. Stochastic methods draw from torch's generator on both "
-        "sides; the noise of a seed that each sample has for itself (`samplers.noise`), which is the default, costs more than "
-        "that.\n\n"
+        "sides; `seeded` is ours with the default, the noise of a seed that each sample has for itself whatever its batch "
+        "(`samplers.noise`), and `seeded_ratio` is theirs over that.\n\n"
     )
     write_text(out / "table.csv", frame.to_csv(index=False))
     write_text(out / "table.md", title + summary + "\n\n" + notes + _markdown(frame[columns]))
@@ -84,7 +87,12 @@ def _against_diffusers(rows: Sequence[Row]) -> str:
     mean, least = statistics.geometric_mean(row.ratio for row in rows), min(rows, key=lambda row: row.ratio)
     line = f"diffusers / ours {mean:.1f} (mean of {len(rows)}), least {least.ratio:.2f} ({least.sampler})"
     unipc = [row.ratio for row in rows if row.sampler.startswith("unipc")]
-    return line + (f", UniPC {min(unipc):.1f}" if unipc else "")
+    line += f", UniPC {min(unipc):.1f}" if unipc else ""
+    own = [(row.seeded_ratio, row.sampler) for row in rows if not math.isnan(row.seeded_ratio)]
+    if own:
+        line += f"\n  with each sample's own noise, {len(own)} stochastic methods: "
+        line += f"{statistics.geometric_mean(ratio for ratio, _ in own):.1f}, least {min(own)[0]:.2f} ({min(own)[1]})"
+    return line
 
 
 def _markdown(frame: pd.DataFrame) -> str:

@@ -19,6 +19,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 _AT_ONCE = 1 << 17  # numbers that a CPU draws at a time, so that what is made on the way stays in its cache
+_AHEAD, _SMALL = 16, 1 << 13  # noises drawn together, where so many numbers are less work than the calls to draw them
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,36 +76,41 @@ def standard_normal(
     Returns:
         (B, *shape). On a CPU what is made on the way is of the size of 131 072 numbers; elsewhere of the result.
     """
-    seed = check_seed(seed)
     if out is None:
         out = torch.empty((len(indices), *shape), dtype=dtype, device=device)
     whole = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    size = math.prod(shape)
-    rows = columns = max(1, whole.numel())
-    if whole.device.type == "cpu":
-        rows, columns = max(1, _AT_ONCE // max(1, size)), _AT_ONCE
-    indices = indices.to(device=whole.device, dtype=torch.int64)[:, None]
-    for few, part in zip(indices.split(rows), whole.view(len(indices), size).split(rows), strict=True):
-        for first, numbers in enumerate(part.split(columns, dim=1)):
-            _fill(numbers, seed, few, number, first * columns // 4)
+    rows = indices.to(device=whole.device, dtype=torch.int64)[:, None]
+    _draw(whole.view(len(indices), math.prod(shape)), check_seed(seed), rows, torch.full_like(rows, number))
     return out if whole is out else out.copy_(whole)
 
 
-def _fill(numbers: Tensor, seed: int, indices: Tensor, number: int, first: int) -> None:
-    """Write the normal numbers (B, n) of the counters from `first` on, four of each; indices are (B, 1)."""
-    blocks = torch.arange(first, first + (numbers.shape[1] + 3) // 4, dtype=torch.int64, device=numbers.device)
-    words = philox((blocks[None, :], torch.full_like(indices, number), indices & _MASK, indices >> 32), seed)
+def _draw(out: Tensor, seed: int, indices: Tensor, numbers: Tensor) -> None:
+    """Write into out (R, size): row by row the noise of a number of a sample, both (R, 1); on a CPU in parts."""
+    rows = columns = max(1, out.numel())
+    if out.device.type == "cpu":
+        rows, columns = max(1, _AT_ONCE // max(1, out.shape[1])), _AT_ONCE
+    for few, number, part in zip(indices.split(rows), numbers.split(rows), out.split(rows), strict=True):
+        for i, piece in enumerate(part.split(columns, dim=1)):
+            _fill(piece, seed, few, number, i * columns // 4)
+
+
+def _fill(out: Tensor, seed: int, indices: Tensor, numbers: Tensor, first: int) -> None:
+    """Write into out (R, n) the normal numbers of the counters from `first` on, four of each."""
+    blocks = torch.arange(first, first + (out.shape[1] + 3) // 4, dtype=torch.int64, device=out.device)
+    words = philox((blocks[None, :], numbers, indices & _MASK, indices >> 32), seed)
     uniform = [word.double().add_(0.5).mul_(2.0**-32) for word in words]
     radius = [u.log_().mul_(-2.0).sqrt_() for u in uniform[:2]]
     angle = [u.mul_(2.0 * math.pi) for u in uniform[2:]]
     for k in range(4):
         wave = angle[k % 2].cos() if k < 2 else angle[k % 2].sin_()
-        quarter = numbers[:, k::4]
+        quarter = out[:, k::4]
         quarter.copy_(wave.mul_(radius[k % 2])[:, : quarter.shape[1]])
 
 
 class SeededNoise:
     """The noise source of a seed: noise k of sample i is a function of (seed, i, k) alone.
+
+    Of small states the next noises are drawn together, which costs as much as one.
 
     Args:
         seed: in [0, 2^64).
@@ -116,10 +122,23 @@ class SeededNoise:
 
     def __init__(self, seed: int, indices: Tensor) -> None:
         self.seed, self.indices = check_seed(seed), indices
+        self._ahead, self._first = torch.empty(0), 0
 
     def __call__(self, k: int, like: Tensor, out: Tensor | None = None) -> Tensor:
         """The k-th noise, of like's shape, dtype and device; written into `out` where that is given."""
-        return standard_normal(self.seed, self.indices, k + 1, like.shape[1:], like.dtype, like.device, out)
+        together = min(_AHEAD, _SMALL // max(1, like.numel()))
+        if together < 2:
+            return standard_normal(self.seed, self.indices, k + 1, like.shape[1:], like.dtype, like.device, out)
+        ahead = self._ahead
+        same = ahead.shape[1:] == like.shape and ahead.dtype == like.dtype and ahead.device == like.device
+        if not same or not self._first <= k < self._first + together:
+            if not same:
+                ahead = self._ahead = torch.empty((together, *like.shape), dtype=like.dtype, device=like.device)
+            self._first, batch = k, len(self.indices)
+            numbers = torch.arange(k + 1, k + 1 + together, device=like.device).repeat_interleave(batch)[:, None]
+            _draw(ahead.view(together * batch, math.prod(like.shape[1:])), self.seed, self.indices.repeat(together)[:, None], numbers)
+        noise = ahead[k - self._first]
+        return noise.clone() if out is None else out.copy_(noise)
 
 
 def check_seed(seed: int) -> int:

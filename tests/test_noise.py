@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from samplers.noise import check_seed, philox, standard_normal
+from samplers.noise import SeededNoise, check_seed, philox, standard_normal
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,19 @@ def test_the_bits_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch, at_on
     whole = standard_normal(7, indices, 2, shape)
     monkeypatch.setattr("samplers.noise._AT_ONCE", at_once)
     assert torch.equal(standard_normal(7, indices, 2, shape), whole)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 1000), (3, 3000), (0, 4)])
+def test_a_source_gives_any_noise_at_any_time(shape):
+    """Small states have their noises drawn together, which nobody sees: not in their order, nor by writing into one."""
+    indices, like = torch.arange(5, 5 + shape[0]), torch.empty(shape)
+    draw, out = SeededNoise(7, indices), torch.empty(shape)
+    for k in (0, 1, 15, 16, 40, 2, 2, 17, 2**31):
+        expected = standard_normal(7, indices, k + 1, shape[1:])
+        assert torch.equal(draw(k, like), expected)
+        draw(k, like).zero_()
+        assert draw(k, like, out) is out and torch.equal(out, expected)
+        assert torch.equal(draw(k, like.double()).float(), expected)
 
 
 def test_a_large_batch_has_the_bits_of_each_sample_alone():
