@@ -20,6 +20,7 @@ from samplers.schedule import Schedule
 
 NoiseSource = Callable[[int, Tensor], Tensor]
 COMPILE = ("loop", "graph")
+_HALF = {dtype: torch.ones((), dtype=dtype, device="cpu") for dtype in (torch.float16, torch.bfloat16)}
 _SAME_LEVEL = 1e-4  # relative; a table in single precision differs by less, and another schedule by much more
 
 
@@ -245,6 +246,7 @@ def _write(out: Tensor, terms: Sequence[tuple[Tensor, Any]]) -> None:
     Only with functions that round a number alike wherever in a tensor it lies, so that a sample's bits do not depend on its
     batch. `torch.addr`, which does two terms in one pass over memory, rounds the last few of a thread's share in another way.
     """
+    add = _add_half if out.dtype in _HALF and out.is_cpu else torch.add
     a, by_a = terms[0]
     if len(terms) == 1:
         if a is not out or by_a != 1.0:
@@ -252,13 +254,18 @@ def _write(out: Tensor, terms: Sequence[tuple[Tensor, Any]]) -> None:
         return
     b, by_b = terms[1]
     if by_a == 1.0:
-        torch.add(a, b, alpha=by_b, out=out)
+        add(a, b, alpha=by_b, out=out)
     elif by_b == 1.0:
-        torch.add(b, a, alpha=by_a, out=out)
+        add(b, a, alpha=by_a, out=out)
     else:
-        torch.mul(a, by_a, out=out).add_(b, alpha=by_b)
+        add(torch.mul(a, by_a, out=out), b, alpha=by_b, out=out)
     for value, coefficient in terms[2:]:
-        out.add_(value, alpha=coefficient)
+        add(out, value, alpha=coefficient, out=out)
+
+
+def _add_half(a: Tensor, b: Tensor, *, alpha: Any, out: Tensor) -> Tensor:
+    """`torch.add` on a CPU in half precision, where that rounds the last few numbers of a tensor twice, and all others once."""
+    return torch.addcmul(a, b, _HALF[out.dtype], value=alpha, out=out)
 
 
 def draw_noise(draw: NoiseSource, number: int, like: Tensor, out: Tensor | None = None) -> Tensor:

@@ -72,8 +72,8 @@ class EpsModel:
     Args:
         net: `net(x, t, **cond) -> output`, with x (B, ...), t (B,) of x's dtype (float32 where x is of half precision),
             and an output of x's shape, which each call may write where the last one did (but not into several buffers by
-            turns). It must not write to x, whose memory is used again by the next call. For `predicts="edm"` it is the raw
-            network F, called with `c_in x / alpha` and `c_noise = log(sigma / alpha) / 4`.
+            turns). It must not write to x. For `predicts="edm"` it is the raw network F, called with `c_in x / alpha` and
+            `c_noise = log(sigma / alpha) / 4`.
         schedule: the noise schedule the network was trained on.
         predicts: "eps", "x0", "v", "score", "flow" (dx/dt of the interpolant) or "edm".
         time_input: maps the schedule's time (B,) to what the network takes, e.g. `lambda t: 1000 * t`; None: passed as it is.
@@ -196,9 +196,9 @@ class EpsModel:
 
         Raises:
             TypeError: the network does not return a tensor.
-            ValueError: it returns another shape.
+            ValueError: it returns another shape, or writes to x.
         """
-        state = x
+        state, version = x, _version(x)
         if self.predicts == "edm":  # c_in x / alpha and c_noise
             total = sigma**2 + (self.sigma_data * alpha) ** 2
             state = self._scaled(x, total**-0.5 if not isinstance(total, Tensor) else total.rsqrt().to(x.dtype))
@@ -206,6 +206,8 @@ class EpsModel:
         if self.time_input is not None:
             times = self.time_input(times)
         out = self.net(state, times, **cond)
+        if _version(x) != version:
+            raise ValueError("net must not write to the x it is given, as x.mul_ does; let it work on x.clone()")
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"net must return a tensor, got {type(out).__name__}; wrap it, e.g. lambda x, t: net(x, t).sample"
@@ -281,6 +283,11 @@ def require_model(name: str, model: EpsModel) -> None:
     """Raise TypeError where an argument is no model."""
     if not isinstance(model, EpsModel):
         raise TypeError(f"{name} must be an EpsModel, got {type(model).__name__}; wrap it: EpsModel(net, schedule)")
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor has been written to; the same for all where nobody counts."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _time_dtype(x: Tensor) -> torch.dtype:

@@ -136,7 +136,12 @@ class SeededNoise:
                 ahead = self._ahead = torch.empty((together, *like.shape), dtype=like.dtype, device=like.device)
             self._first, batch = k, len(self.indices)
             numbers = torch.arange(k + 1, k + 1 + together, device=like.device).repeat_interleave(batch)[:, None]
-            _draw(ahead.view(together * batch, math.prod(like.shape[1:])), self.seed, self.indices.repeat(together)[:, None], numbers)
+            _draw(
+                ahead.view(together * batch, math.prod(like.shape[1:])),
+                self.seed,
+                self.indices.repeat(together)[:, None],
+                numbers,
+            )
         noise = ahead[k - self._first]
         return noise.clone() if out is None else out.copy_(noise)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from samplers import EpsModel, LearnedPlan, SamplingError, list_samplers, make_plan, run_plan, sample, schedules
+from samplers.noise import standard_normal
 from samplers.program import Combine, Evaluate
 
 VP = schedules.vp_linear()
@@ -46,8 +47,6 @@ def test_any_plan_runs_as_it_reads(exact, name, predicts, final):
 
 
 def test_seeded_noise_is_the_noise_of_the_seed(exact):
-    from samplers.noise import standard_normal
-
     plan, x_T, indices = make_plan("ddpm", VP, steps=4), normal(3, 2), torch.tensor([5, 0, 9])
     expected = interpret(
         plan, exact(VP), x_T, [standard_normal(7, indices, k + 1, (2,), torch.float64) for k in range(plan.noises)]
@@ -159,14 +158,16 @@ def test_a_sample_does_not_depend_on_its_batch(exact, name):
         assert torch.equal(run([i]), all_of_them[i : i + 1])
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp-2m", "ddpm"])
-@pytest.mark.parametrize("predicts", ["eps", "v"])
+@pytest.mark.parametrize("name", ["ddim", "dpmpp-2m", "unipc-2", "ddpm"])
+@pytest.mark.parametrize("predicts", ["eps", "v", "edm"])
 @pytest.mark.parametrize("shape", [(3, 32, 32), (3, 31, 31), (6, 31, 31)], ids=str)
-def test_an_image_does_not_depend_on_its_batch(name, predicts, shape):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_image_does_not_depend_on_its_batch(name, predicts, shape, dtype):
     model = EpsModel(lambda x, t: 0.5 * x.clamp(-1, 1), VP, predicts)
 
     def run(indices):
-        return sample(model, name, shape=(len(indices), *shape), indices=torch.tensor(indices), steps=4)
+        x_T = standard_normal(3, torch.tensor(indices), 0, shape, dtype)
+        return sample(model, name, x_T=x_T, indices=torch.tensor(indices), steps=4)
 
     together = run(range(8))
     for i in (0, 3, 7):

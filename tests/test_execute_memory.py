@@ -77,6 +77,36 @@ def test_memory_is_the_plans_registers_and_nothing_waits_for_the_device(name, pr
     assert watching.synchronised == 0
 
 
+class Bytes(TorchDispatchMode):
+    """The most bytes of tensors that were made under it and exist at one time, whatever their size and dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.most = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.alive = [reference for reference in (*self.alive, weakref.ref(result)) if reference() is not None]
+            there = [tensor.untyped_storage() for reference in self.alive if (tensor := reference()) is not None]
+            self.most = max(self.most, sum({storage.data_ptr(): storage.nbytes() for storage in there}.values()))
+        return result
+
+
+@every_sampler
+@pytest.mark.parametrize("predicts", ["eps", "v"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_are_the_plans_registers_and_little_more(monkeypatch, name, predicts, dtype):
+    """Of any dtype, with what a seed's noise is made of, float64 and integers of a part of the state that stays as it is."""
+    monkeypatch.setattr("samplers.noise._AT_ONCE", 1 << 9)
+    plan, x_T = make_plan(name, VP, steps=6), start().to(dtype)
+    model = EpsModel(lambda x, t: 0.3 * x, VP, predicts)
+    with Bytes() as watching:
+        run_plan(plan, model, x_T, check=False)
+    registers = plan.program(tuple(call.kind == predicts for call in plan.calls), True).registers
+    assert watching.most <= (registers + 0.5) * x_T.numel() * x_T.element_size()
+
+
 @every_sampler
 @every_prediction
 def test_nothing_is_made_after_the_first_step(name, predicts):

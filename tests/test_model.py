@@ -170,6 +170,7 @@ def test_bad_standard_deviations_of_data(value):
 @pytest.mark.parametrize(
     ("net", "error", "message"),
     [
+        (lambda x, t: x.mul_(0.5), ValueError, "net must not write to the x it is given"),
         (lambda x, t: x[:, :1], ValueError, r"net must return the shape of x, \(2, 3\), got \(2, 1\)"),
         (lambda x, t: (x,), TypeError, r"net must return a tensor, got tuple; wrap it"),
     ],
