@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -199,12 +200,12 @@ class Plan:
 
         Raises:
             TypeError: not a text.
-            PlanError: not JSON, another format or version, or a malformed, missing or unknown field, named by its path.
+            PlanError: not JSON, another format or version, or a malformed, missing, repeated or unknown field, named by its path.
         """
         if not isinstance(text, (str, bytes)):
             raise TypeError(f"text must be the JSON of a plan, got {type(text).__name__}")
         try:
-            document = json.loads(text)
+            document = json.loads(text, object_pairs_hook=_Fields)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"not JSON: {error}") from error
         head = _Reader(document, "")
@@ -249,13 +250,23 @@ def _uses(step: Instruction, i: int, steps: int) -> tuple[tuple[str, ...], tuple
     return (step.src,), (step.t, step.alpha, step.sigma)
 
 
+class _Fields(dict[str, Any]):
+    """A JSON object that knows which fields its text has more than once, of which a dict keeps the last alone."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+
+
 class _Reader:
     """A JSON object whose fields are checked as they are read, with the path for the message."""
 
     def __init__(self, item: Any, path: str) -> None:
         self.item, self.path = item, path
-        if not isinstance(item, dict):
+        if not isinstance(item, _Fields):
             raise PlanError(f"{path or 'plan'}: must be an object, got {type(item).__name__}")
+        if item.twice:
+            raise PlanError(f"{self.at(item.twice[0])}: must be there once, and is there more often")
 
     def at(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name

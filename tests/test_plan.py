@@ -201,6 +201,22 @@ def test_malformed_files_name_the_field(path, value, message):
         Plan.from_json(edited(path, value))
 
 
+@pytest.mark.parametrize(
+    ("field", "path"),
+    [
+        ('"sigma_T": 1.0', "sigma_T"),
+        ('"instructions": []', "instructions"),
+        ('"alpha": 0.6', r"instructions\[0\].alpha"),
+        ('"node": 1', r"instructions\[1\].node"),
+    ],
+)
+def test_a_field_that_is_there_twice_is_named(field, path):
+    name = field.split(":")[0]
+    text = build(evaluate(), X1).to_json().replace(name, f"{field}, {name}")  # the last one, which json keeps, is right
+    with pytest.raises(PlanError, match=f"^{path}: must be there once, and is there more often"):
+        Plan.from_json(text)
+
+
 def places(value, path=()):
     """The paths of a JSON value and of all values in it."""
     yield path
