@@ -38,10 +38,10 @@ class Plan:
         sampler: the name it was made under; not part of equality, which compares what is computed.
 
     Raises:
-        PlanError: an unknown prediction or kind, a sigma_T that is negative or not finite, times that do not decrease, a name
-            used before it exists or defined twice, a noise that is evaluated, an alpha or sigma of a call below 0 or both 0, a
-            sum that uses a name twice, noises that are not z0, z1, ... in order of first use, a coefficient that is not finite,
-            no result.
+        PlanError: an unknown prediction or kind, a sigma_T that is negative or not finite, times that do not decrease, nodes
+            that do not rise, a name used before it exists or defined twice, a noise that is evaluated, an alpha or sigma of a
+            call below 0 or both 0, a sum that uses a name twice, noises that are not z0, z1, ... in order of first use, a
+            coefficient that is not finite, no result.
     """
 
     instructions: tuple[Instruction, ...]
@@ -57,9 +57,13 @@ class Plan:
             raise PlanError(f"sigma_T: must be a finite number of at least 0, got {self.sigma_T!r}")
         if len(self.times) < 2 or not all(a > b for a, b in zip(self.times, self.times[1:], strict=False)):
             raise PlanError(f"times: must be at least 2 and decrease strictly, got {self.times}")
-        known, noises, steps = {START}, 0, self.steps
+        known, noises, steps, node = {START}, 0, self.steps, 0
         for i, step in enumerate(self.instructions):
             used, numbers = _uses(step, i, steps)
+            if isinstance(step, Combine) and step.node is not None:
+                if step.node <= node:
+                    raise PlanError(f"instructions[{i}].node: must be above {node}, the one before, got {step.node}")
+                node = step.node
             # one sum is quicker than a look at each, and only ever too careful
             if not math.isfinite(sum(numbers)) and not all(map(math.isfinite, numbers)):
                 raise PlanError(f"instructions[{i}]: not finite: {step}")
