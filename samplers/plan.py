@@ -39,9 +39,9 @@ class Plan:
 
     Raises:
         PlanError: an unknown prediction or kind, a sigma_T that is negative or not finite, times that do not decrease, nodes
-            that do not rise, a name used before it exists or defined twice, a noise that is evaluated, an alpha or sigma of a
-            call below 0 or both 0, a sum that uses a name twice, noises that are not z0, z1, ... in order of first use, a
-            coefficient that is not finite, no result.
+            that do not rise, a name used before it exists or defined twice, a noise or an output that is evaluated, an alpha or
+            sigma of a call below 0 or both 0, a sum that uses a name twice, noises that are not z0, z1, ... in order of first
+            use, a coefficient that is not finite, no result.
     """
 
     instructions: tuple[Instruction, ...]
@@ -57,10 +57,17 @@ class Plan:
             raise PlanError(f"sigma_T: must be a finite number of at least 0, got {self.sigma_T!r}")
         if len(self.times) < 2 or not all(a > b for a, b in zip(self.times, self.times[1:], strict=False)):
             raise PlanError(f"times: must be at least 2 and decrease strictly, got {self.times}")
-        known, noises, steps, node = {START}, 0, self.steps, 0
+        known, outputs, noises, steps, node = {START}, set[str](), 0, self.steps, 0
         for i, step in enumerate(self.instructions):
             used, numbers = _uses(step, i, steps)
-            if isinstance(step, Combine) and step.node is not None:
+            if isinstance(step, Evaluate):
+                # a network that writes its outputs into one buffer would write over its own input
+                if step.src in outputs:
+                    raise PlanError(
+                        f"instructions[{i}].src: must be a state, got the output {step.src!r} of another call"
+                    )
+                outputs.add(step.dst)
+            elif step.node is not None:
                 if step.node <= node:
                     raise PlanError(f"instructions[{i}].node: must be above {node}, the one before, got {step.node}")
                 node = step.node

@@ -65,6 +65,10 @@ X1 = Combine("x1", (("x_T", 0.5), ("o0", 0.25)), 1)
             (Combine("x1", (("x_T", 1.0), ("z0", 1.0))), evaluate(src="z0"), Combine("x2", (("o0", 1.0),))),
             r"instructions\[1\].src: must be a state, got the noise 'z0'",
         ),
+        (
+            (evaluate(), evaluate(dst="o1", src="o0"), Combine("x1", (("o1", 1.0),))),
+            r"instructions\[1\].src: must be a state, got the output 'o0' of another call",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(instructions, message):
