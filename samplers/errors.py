@@ -6,7 +6,9 @@ import difflib
 import math
 from collections.abc import Iterable
 
-_LARGEST_AMOUNT = 1e100
+# Published amounts lie below 100. The noise of a plan may be this squared, as s_noise times what eta makes of it, times a sigma
+# of some hundreds: float32 takes it, with room for the network to work in.
+LARGEST_AMOUNT = 1e3
 
 
 class SamplingError(RuntimeError):
@@ -46,8 +48,8 @@ def _spelling(name: object) -> str:
 
 
 def check_amount(name: str, value: float) -> None:
-    """Raise ValueError for an amount (of noise) that is negative, NaN, or so large that its square may not be a number."""
+    """Raise ValueError for an amount (of noise) that is negative, NaN, or larger than single precision works with."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if value > _LARGEST_AMOUNT:
-        raise ValueError(f"{name} must be at most {_LARGEST_AMOUNT:g}, got {value}")
+    if value > LARGEST_AMOUNT:
+        raise ValueError(f"{name} must be at most {LARGEST_AMOUNT:g}, got {value}")

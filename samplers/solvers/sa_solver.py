@@ -16,13 +16,11 @@ from collections.abc import Callable
 import numpy as np
 
 from samplers.draft import Draft, step_orders
-from samplers.errors import unknown
+from samplers.errors import LARGEST_AMOUNT, unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
 from samplers.solvers.stages import finite_lam
 from samplers.solvers.weights import exponential_adams, history, lagrange, phi
-
-_MOST_TAU = 1000.0
 
 
 def sa_solver(
@@ -118,8 +116,8 @@ def _scales(tau: float | Callable[[np.ndarray], np.ndarray], sigma_bar: np.ndarr
         ) from error
     if values.shape not in ((), sigma_bar.shape):
         raise ValueError(f"tau must give a value for each of {len(sigma_bar)} steps, got shape {values.shape}")
-    if not ((values >= 0) & (values <= _MOST_TAU)).all():
-        raise ValueError(f"tau must lie in [0, {_MOST_TAU:g}], got {values.tolist()}")
+    if not ((values >= 0) & (values <= LARGEST_AMOUNT)).all():
+        raise ValueError(f"tau must lie in [0, {LARGEST_AMOUNT:g}], got {values.tolist()}")
     return values
 
 
