@@ -83,7 +83,11 @@ def float_table(name: str, values: Any) -> np.ndarray:
 
 
 def check_amount(name: str, value: float) -> None:
-    """Raise ValueError for an amount (of noise) that is negative, NaN, or larger than single precision works with."""
+    """Raise ValueError for an amount (of noise) that is negative, NaN, or larger than single precision works with.
+
+    Also TypeError for one that is not a number.
+    """
+    check_numbers(**{name: value})
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
     if value > LARGEST_AMOUNT:
