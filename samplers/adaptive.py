@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -80,7 +81,7 @@ def through_nodes(
 def check_positive(**values: float) -> None:
     """Raise ValueError for a value that is not positive and finite."""
     for name, value in values.items():
-        if not 0 < value < math.inf:
+        if not 0 < value <= sys.float_info.max:  # an int may be larger
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 

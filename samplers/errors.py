@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Iterable
+from numbers import Real
+from typing import Any
 
-_LARGEST_AMOUNT = 1e100
+import numpy as np
+
+# Published amounts lie below 100. The noise of a plan may be this squared, as s_noise times what eta makes of it, times a sigma
+# of some hundreds: float32 takes it, with room for the network to work in.
+LARGEST_AMOUNT = 1e3
 
 
 class SamplingError(RuntimeError):
@@ -45,9 +52,43 @@ def _spelling(name: object) -> str:
     return str(name).casefold().replace("++", "pp").replace("_", "-").replace(" ", "-")
 
 
+def check_numbers(**values: object) -> None:
+    """Raise TypeError for a value that is not a number; True and False are none."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def float_table(name: str, values: Any) -> np.ndarray:
+    """At least two numbers in one dimension, a sequence, an array or a tensor, as a float64 vector.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: of another shape.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values  # NumPy has no bfloat16
+    try:
+        table = np.asarray(values)
+    except ValueError:  # lists of several lengths
+        table = np.asarray(None)
+    if table.dtype.kind not in "fiu":
+        raise TypeError(f"{name} must be numbers, shape (T,), got {reprlib.repr(values)}")
+    if table.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, got shape {table.shape}")
+    if len(table) < 2:
+        raise ValueError(f"{name} needs at least 2 entries, got {len(table)}")
+    return table.astype(np.float64)
+
+
 def check_amount(name: str, value: float) -> None:
-    """Raise ValueError for an amount (of noise) that is negative, NaN, or so large that its square may not be a number."""
+    """Raise ValueError for an amount (of noise) that is negative, NaN, or larger than single precision works with.
+
+    Also TypeError for one that is not a number.
+    """
+    check_numbers(**{name: value})
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if value > _LARGEST_AMOUNT:
-        raise ValueError(f"{name} must be at most {_LARGEST_AMOUNT:g}, got {value}")
+    if value > LARGEST_AMOUNT:
+        raise ValueError(f"{name} must be at most {LARGEST_AMOUNT:g}, got {value}")

@@ -242,7 +242,8 @@ def from_sigmas(schedule: Schedule, sigmas: Nodes) -> Grid:
     """A grid from explicit values of `sigma_bar = sigma / alpha`, end included; the last may be 0, which is clean data.
 
     Raises:
-        ValueError: as `from_timesteps`, or a negative sigma.
+        ValueError: fewer than two, not strictly decreasing or closer than a `Grid` may be, NaN, negative, or more than 1e-5
+            (relative) outside the schedule's range of sigma_bar.
     """
     values = vector(sigmas, "sigmas")
     if not (values[:-1] > 0).all() or values[-1] < 0:
@@ -256,7 +257,8 @@ def from_sigmas(schedule: Schedule, sigmas: Nodes) -> Grid:
             f"sigmas: {positive[outside][0]:g} is outside [{ends[0]:g}, {ends[1]:g}], the sigma / alpha that schedule "
             f"{schedule.name!r} has"
         )
-    t = _within(schedule, schedule.t_of_lam(-np.log(positive)), "sigmas")
+    # clipped as times too, which the way through lam rounds
+    t = np.clip(schedule.t_of_lam(-np.log(np.clip(positive, *ends))), schedule.t_min, schedule.t_max)
     return Grid(schedule, t if len(positive) == len(values) else np.append(t, schedule.t_zero))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -37,10 +38,10 @@ class Plan:
         sampler: the name it was made under; not part of equality, which compares what is computed.
 
     Raises:
-        PlanError: an unknown prediction or kind, a sigma_T that is negative or not finite, times that do not decrease, a name
-            used before it exists or defined twice, a noise that is evaluated, an alpha or sigma of a call below 0 or both 0, a
-            sum that uses a name twice, noises that are not z0, z1, ... in order of first use, a coefficient that is not finite,
-            no result.
+        PlanError: an unknown prediction or kind, a sigma_T that is negative or not finite, times that do not decrease, nodes
+            that do not rise, a name used before it exists or defined twice, a noise or an output that is evaluated, an alpha or
+            sigma of a call below 0 or both 0, a sum that uses a name twice, noises that are not z0, z1, ... in order of first
+            use, a coefficient that is not finite, no result.
     """
 
     instructions: tuple[Instruction, ...]
@@ -56,9 +57,20 @@ class Plan:
             raise PlanError(f"sigma_T: must be a finite number of at least 0, got {self.sigma_T!r}")
         if len(self.times) < 2 or not all(a > b for a, b in zip(self.times, self.times[1:], strict=False)):
             raise PlanError(f"times: must be at least 2 and decrease strictly, got {self.times}")
-        known, noises, steps = {START}, 0, self.steps
+        known, outputs, noises, steps, node = {START}, set[str](), 0, self.steps, 0
         for i, step in enumerate(self.instructions):
             used, numbers = _uses(step, i, steps)
+            if isinstance(step, Evaluate):
+                # a network that writes its outputs into one buffer would write over its own input
+                if step.src in outputs:
+                    raise PlanError(
+                        f"instructions[{i}].src: must be a state, got the output {step.src!r} of another call"
+                    )
+                outputs.add(step.dst)
+            elif step.node is not None:
+                if step.node <= node:
+                    raise PlanError(f"instructions[{i}].node: must be above {node}, the one before, got {step.node}")
+                node = step.node
             # one sum is quicker than a look at each, and only ever too careful
             if not math.isfinite(sum(numbers)) and not all(map(math.isfinite, numbers)):
                 raise PlanError(f"instructions[{i}]: not finite: {step}")
@@ -199,12 +211,12 @@ class Plan:
 
         Raises:
             TypeError: not a text.
-            PlanError: not JSON, another format or version, or a malformed, missing or unknown field, named by its path.
+            PlanError: not JSON, another format or version, or a malformed, missing, repeated or unknown field, named by its path.
         """
         if not isinstance(text, (str, bytes)):
             raise TypeError(f"text must be the JSON of a plan, got {type(text).__name__}")
         try:
-            document = json.loads(text)
+            document = json.loads(text, object_pairs_hook=_Fields)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"not JSON: {error}") from error
         head = _Reader(document, "")
@@ -249,13 +261,23 @@ def _uses(step: Instruction, i: int, steps: int) -> tuple[tuple[str, ...], tuple
     return (step.src,), (step.t, step.alpha, step.sigma)
 
 
+class _Fields(dict[str, Any]):
+    """A JSON object that knows which fields its text has more than once, of which a dict keeps the last alone."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+
+
 class _Reader:
     """A JSON object whose fields are checked as they are read, with the path for the message."""
 
     def __init__(self, item: Any, path: str) -> None:
         self.item, self.path = item, path
-        if not isinstance(item, dict):
+        if not isinstance(item, _Fields):
             raise PlanError(f"{path or 'plan'}: must be an object, got {type(item).__name__}")
+        if item.twice:
+            raise PlanError(f"{self.at(item.twice[0])}: must be there once, and is there more often")
 
     def at(self, name: str) -> str:
         return f"{self.path}.{name}" if self.path else name

@@ -18,6 +18,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 
+from samplers.errors import check_numbers, float_table
+
 Array = TypeVar("Array", float, np.ndarray, torch.Tensor)
 
 
@@ -137,6 +139,7 @@ class VPLinear(Schedule):
     t_max: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
+        check_numbers(beta_min=self.beta_min, beta_max=self.beta_max)
         if not 0 < self.beta_min < self.beta_max < math.inf:
             raise ValueError(f"vp_linear needs 0 < beta_min < beta_max < inf, got {self}")
 
@@ -172,6 +175,7 @@ class Cosine(Schedule):
     t_max: ClassVar[float] = 0.9946
 
     def __post_init__(self) -> None:
+        check_numbers(s=self.s)
         if not 0 < self.s < 1:
             raise ValueError(f"cosine needs 0 < s < 1, got s={self.s}")
 
@@ -206,6 +210,7 @@ class EDM(Schedule):
     name: ClassVar[str] = "edm"
 
     def __post_init__(self) -> None:
+        check_numbers(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"edm needs 0 < sigma_min < sigma_max < inf, got {self}")
 
@@ -276,9 +281,7 @@ class Discrete(Schedule):
     t_zero: ClassVar[float] = -1.0
 
     def __post_init__(self) -> None:
-        table = np.asarray(self.alphas_cumprod, dtype=np.float64)
-        if len(table) < 2:
-            raise ValueError(f"alphas_cumprod needs at least 2 entries, got {len(table)}")
+        table = float_table("alphas_cumprod", self.alphas_cumprod)
         bad = np.flatnonzero(~(np.diff(table, prepend=1.0) < 0) | ~(table >= 0))
         if len(bad):
             raise ValueError(f"alphas_cumprod must decrease strictly within [0, 1): entry {bad[0]} is {table[bad[0]]}")
@@ -368,31 +371,24 @@ def from_alphas_cumprod(alphas_cumprod: Sequence[float] | np.ndarray | torch.Ten
     """The schedule of a discrete model from its table of `alphas_cumprod`, shape (T,); see `Discrete`.
 
     Raises:
+        TypeError: not numbers.
         ValueError: entries that are not in [0, 1), not strictly decreasing or NaN; fewer than two entries.
     """
-    return Discrete(tuple(_float64(alphas_cumprod, "alphas_cumprod").tolist()))
+    return Discrete(tuple(float_table("alphas_cumprod", alphas_cumprod).tolist()))
 
 
 def from_betas(betas: Sequence[float] | np.ndarray | torch.Tensor) -> Discrete:
     """The schedule of a discrete model from its betas, shape (T,), each in (0, 1] (1 only at the end); see `Discrete`.
 
     Raises:
+        TypeError: not numbers.
         ValueError: a beta outside (0, 1], or NaN; fewer than two entries.
     """
-    table = _float64(betas, "betas")
+    table = float_table("betas", betas)
     bad = np.flatnonzero(~((table > 0) & (table <= 1)))
     if len(bad):
         raise ValueError(f"betas must lie in (0, 1]: entry {bad[0]} is {table[bad[0]]}")
     return from_alphas_cumprod(np.cumprod(1.0 - table))
-
-
-def _float64(values: Any, argument: str) -> np.ndarray:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
-    table = np.asarray(values, dtype=np.float64)
-    if table.ndim != 1:
-        raise ValueError(f"{argument} must be one-dimensional, got shape {table.shape}")
-    return table
 
 
 _FACTORIES: dict[str, Callable[..., Schedule]] = {c.name: c for c in (VPLinear, Cosine, EDM, Flow)}

@@ -138,7 +138,7 @@ def test_a_budget_that_suffices_changes_nothing():
 
 
 @pytest.mark.parametrize("name", ["rtol", "atol"])
-@pytest.mark.parametrize("value", [0.0, -1e-3, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0.0, -1e-3, math.nan, math.inf, 10**309])
 def test_bad_tolerances(name, value):
     with pytest.raises(ValueError, match=f"{name} must be positive and finite, got {value}"):
         sample(gaussian(VP), "rk45", x_T=X_T, **{name: value})
@@ -319,6 +319,7 @@ def test_all_refuse_an_eps_network_at_pure_noise(schedule, name):
     [
         ("dpm-adaptive-12", {"h_init": 0.0}, "h_init must be positive and finite, got 0"),
         ("dpm-adaptive-23", {"h_init": math.nan}, "h_init must be positive and finite, got nan"),
+        ("dpm-adaptive-23", {"h_init": 10**400}, "h_init must be positive and finite, got 10"),
         ("dpm-adaptive-23", {"theta": 0.0}, "theta must be positive and finite, got 0"),
         ("dpm-adaptive-23", {"theta": 1.1}, r"theta must lie in \(0, 1\], got 1.1"),
         ("dpm-adaptive-23", {"order": 2}, "unknown option of sampler 'dpm-adaptive-23': 'order'"),

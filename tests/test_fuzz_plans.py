@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import zlib
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from bench.mixture import GaussianMixture
 from samplers import EpsModel, grids, list_samplers, make_plan, run_plan, schedules
+from samplers.errors import LARGEST_AMOUNT
 from samplers.grid import FINALS, GRIDS
 
 ENTRIES = {s.name: s for s in list_samplers()}
@@ -122,6 +124,42 @@ def values_of(sampler, option):
         return st.sampled_from(accepted(sampler, option))
     kinds = {bool: st.booleans(), int: st.integers(0, 10), float: st.floats(0, 2)}
     return kinds.get(type(default), st.just(default))
+
+
+AMOUNTS = ("eta", "s_noise", "s_churn", "tau")
+
+
+def largest(sampler):
+    """The sampler's options for amounts of noise, one at a time and together, at the most that is accepted."""
+    entry = ENTRIES[sampler]
+    amounts = {name: LARGEST_AMOUNT for name in AMOUNTS if name in entry.options}
+    for predict in ({"predict": "eps"}, {"predict": "x0"}) if "predict" in entry.options else ({},):
+        if "eta" in amounts:
+            amounts["eta"] = 10.0 if predict.get("predict") == "eps" else LARGEST_AMOUNT
+        yield from ({name: value, **predict} for name, value in amounts.items())
+        yield {**amounts, **predict}
+    if sampler == "sa-solver":
+        yield {"tau": lambda sigma_bar: np.full(len(sigma_bar), LARGEST_AMOUNT), "tau_start": math.inf, "tau_end": 0.0}
+    if sampler == "restart":
+        yield {**amounts, "restarts": [(0.5, 1e6, 1, 3)]}
+
+
+@pytest.mark.parametrize("sampler", [name for name, entry in ENTRIES.items() if {*AMOUNTS} & {*entry.options}])
+def test_the_largest_amounts_run_in_single_precision(sampler):
+    ran = Counter()
+    for options, name, steps in itertools.product(largest(sampler), SCHEDULES, (2, 20)):
+        try:
+            plan = make_plan(sampler, SCHEDULES[name], steps=steps, **options)
+        except ValueError as error:
+            if "does not fit into the grid" not in str(error):
+                raise
+            continue  # a restart that the schedule has no room for
+        net = exact(name).net
+        model = EpsModel(lambda x, t, net=net: net(x.double(), t.double()).float(), SCHEDULES[name], "v")
+        x = run_plan(plan, model, (plan.sigma_T * Z).float())
+        assert x.isfinite().all(), (options, name, steps)
+        ran[name] += 1
+    assert ran.keys() == SCHEDULES.keys()
 
 
 RARE = st.integers(0, 19).map(lambda k: k == 13)  # hypothesis prefers the ends

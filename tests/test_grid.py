@@ -469,6 +469,17 @@ def test_explicit_sigmas_are_sigma_bar(schedule, end):
     assert (grid.t[-1] == schedule.t_zero) == (end == 0)
 
 
+@pytest.mark.parametrize("schedule", ["vp_linear", "cosine", "edm", "discrete"], indirect=True)
+def test_a_hundred_thousandth_outside_is_rounding_of_sigma(schedule):
+    low, high = schedule.sigma_bar(schedule.t_min), schedule.sigma_bar(schedule.t_max)
+    for outside in (1e-9, 5e-6, 0.99e-5):
+        grid = from_sigmas(schedule, [high * (1 + outside), low * (1 - outside)])
+        np.testing.assert_allclose(grid.t, [schedule.t_max, schedule.t_min], rtol=1e-9, atol=1e-9)
+    for bad in ([high * (1 + 1.1e-5), low], [high, low * (1 - 1.1e-5)]):
+        with pytest.raises(ValueError, match="^sigmas: .* is outside .*, the sigma / alpha that schedule"):
+            from_sigmas(schedule, bad)
+
+
 def test_two_sigmas_are_one_step_to_clean_data():
     assert from_sigmas(EDM, [80.0, 0.0]).t == pytest.approx([80.0, 0.0], rel=1e-12)
 

@@ -459,6 +459,7 @@ FREE = guidance.classifier_free
         (lambda: guidance.apg(BASE, 2.0, NULL, eta=math.inf), ValueError, "eta must be finite, got inf"),
         (lambda: guidance.perp_neg(BASE, 2.0, NULL, {}), ValueError, "negative must name at least one entry"),
         (lambda: guidance.perp_neg(BASE, 2.0, NULL, NULL, negative_scale=-1.0), ValueError, "negative_scale must be"),
+        (lambda: guidance.perp_neg(BASE, 2.0, NULL, NULL, negative_scale="1"), TypeError, "negative_scale .* got '1'"),
         (lambda: guidance.cfg_plus_plus(BASE, 0.0, NULL, [1.0, 0.5]), ValueError, "scale must be a positive number"),
         (lambda: guidance.cfg_plus_plus(BASE, 0.6, NULL, [0.5, 1.0]), ValueError, "^grid must be .* decrease"),
         (lambda: guidance.cfg_plus_plus(BASE, 0.6, NULL, "rk45"), TypeError, "^grid must be a plan, .* got 'rk45'"),

@@ -53,6 +53,10 @@ X1 = Combine("x1", (("x_T", 0.5), ("o0", 0.25)), 1)
         ((Combine("x1", (("x_T", 1.0), ("x_T", 1.0))),), r"\[0\]: must use at least one name, and each once"),
         ((Combine("x1", (("x_T", 1.0),), 2),), r"instructions\[0\].node: must be 1 to 1, got 2"),
         ((Combine("x1", (("x_T", 1.0),), 0),), r"instructions\[0\].node: must be 1 to 1, got 0"),
+        (
+            (evaluate(), X1, Combine("x2", (("x1", 1.0),), 1)),
+            r"instructions\[2\].node: must be above 1, the one before, got 1",
+        ),
         ((evaluate(alpha=-0.6), X1), r"^instructions\[0\].alpha: must be at least 0, got -0.6"),
         ((evaluate(sigma=-0.8), X1), r"^instructions\[0\].sigma: must be at least 0, got -0.8"),
         ((evaluate(alpha=0.0, sigma=0.0), X1), r"^instructions\[0\].sigma: must be above 0 where alpha is 0, got 0.0"),
@@ -60,6 +64,10 @@ X1 = Combine("x1", (("x_T", 0.5), ("o0", 0.25)), 1)
         (
             (Combine("x1", (("x_T", 1.0), ("z0", 1.0))), evaluate(src="z0"), Combine("x2", (("o0", 1.0),))),
             r"instructions\[1\].src: must be a state, got the noise 'z0'",
+        ),
+        (
+            (evaluate(), evaluate(dst="o1", src="o0"), Combine("x1", (("o1", 1.0),))),
+            r"instructions\[1\].src: must be a state, got the output 'o0' of another call",
         ),
     ],
 )
@@ -80,6 +88,13 @@ def test_what_cannot_run_is_refused(instructions, message):
 def test_a_head_that_means_nothing_is_refused(prediction, sigma_T, message):
     with pytest.raises(PlanError, match=message):
         Plan((evaluate(), X1), (1.0, 0.0), prediction, sigma_T)
+
+
+def test_nodes_rise():
+    second, first = Combine("x1", (("x_T", 1.0),), 2), Combine("x2", (("x1", 1.0),), 1)
+    assert build(second, times=(2.0, 1.0, 0.0)).steps == 2
+    with pytest.raises(PlanError, match=r"instructions\[1\].node: must be above 2, the one before, got 1"):
+        build(second, first, times=(2.0, 1.0, 0.0))
 
 
 @pytest.mark.parametrize("times", [(), (1.0,), (0.5, 1.0), (1.0, 1.0), (1.0, math.nan)])
@@ -199,6 +214,22 @@ def edited(path, value, plan=None):
 def test_malformed_files_name_the_field(path, value, message):
     with pytest.raises(PlanError, match=message):
         Plan.from_json(edited(path, value))
+
+
+@pytest.mark.parametrize(
+    ("field", "path"),
+    [
+        ('"sigma_T": 1.0', "sigma_T"),
+        ('"instructions": []', "instructions"),
+        ('"alpha": 0.6', r"instructions\[0\].alpha"),
+        ('"node": 1', r"instructions\[1\].node"),
+    ],
+)
+def test_a_field_that_is_there_twice_is_named(field, path):
+    name = field.split(":")[0]
+    text = build(evaluate(), X1).to_json().replace(name, f"{field}, {name}")  # the last one, which json keeps, is right
+    with pytest.raises(PlanError, match=f"^{path}: must be there once, and is there more often"):
+        Plan.from_json(text)
 
 
 def places(value, path=()):

@@ -170,6 +170,7 @@ def test_samples_of_the_mixture_have_its_moments():
             r"restarts\[0\] must be \(sigma_lo, sigma_hi, repeats, steps\) with 0 <= sigma_lo",
         ),
         ({"restarts": [(0.1, math.inf, 1, 1)]}, r"restarts\[0\] must be"),
+        ({"restarts": [(0.1, 2e6, 1, 1)]}, r"restarts\[0\] must be .* sigma_lo < sigma_hi <= 1e\+06 and"),
         ({"restarts": [(0.1, 0.3, 0, 1)]}, r"restarts\[0\] must be .* counts from 1 to 1000, got \(0.1, 0.3, 0, 1\)"),
         ({"restarts": [(1.0, 5.0, 1, 1), (0.1, 0.3, 1, 1.5)]}, r"restarts\[1\] must be"),
         ({"restarts": [(0.1, 0.3, True, 1)]}, r"restarts\[0\] must be"),

@@ -272,12 +272,25 @@ def test_tau_may_be_a_function_of_sigma_bar():
     [
         (lambda s: s[:2], r"tau must give a value for each of 6 steps, got shape \(2,\)"),
         (lambda s: -s, r"tau must lie in \[0, 1000\], got \[-"),
+        (lambda s: None, "^tau must be a number or a function of sigma_bar .*, got <.*>, which gives None$"),
+        (lambda s: "0.5", "^tau must be a number or a function of sigma_bar .*, got <.*>, which gives '0.5'$"),
+        (lambda s: [None] * 6, r"^tau must .*, got <.*>, which gives \[None, None"),
+        (lambda s: 1j * s, "^tau must .*, got <.*>, which gives array"),
+        (lambda s: 1 / 0, "^tau must .*, got <.*>: ZeroDivisionError: division by zero$"),
+        (lambda s: {}["s"], "^tau must .*, got <.*>: KeyError: 's'$"),
+        (lambda s: torch.ones(6, requires_grad=True), "^tau must .*, got <.*>: RuntimeError: Can't call numpy"),
         (lambda s: s * math.nan, r"tau must lie in \[0, 1000\], got \[nan"),
     ],
 )
 def test_a_function_for_tau_is_checked(tau, message):
     with pytest.raises(ValueError, match=message):
         make_plan("sa-solver", VP, tau=tau, steps=6)
+
+
+def test_what_a_function_for_tau_raised_is_the_cause():
+    with pytest.raises(ValueError, match="tau must be") as error:
+        make_plan("sa-solver", VP, tau=lambda s: 1 / 0, steps=6)
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
 def test_only_tau_may_be_a_function():

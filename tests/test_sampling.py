@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -193,6 +194,22 @@ def test_numpys_options_are_pythons(name, option, value):
     plan = make_plan(name, VP, steps=4, **{option: value})
     assert plan == make_plan(name, VP, steps=4, **{option: value.item()})
     assert Plan.from_json(plan.to_json()) == plan
+
+
+NUMBERS = [
+    (sampler.name, option)
+    for sampler in list_samplers()
+    for option, default in sampler.options.items()
+    if isinstance(default, (int, float)) and option != "corrector"  # which is True or False
+]
+
+
+@pytest.mark.parametrize(("name", "option"), NUMBERS)
+def test_options_that_are_numbers_refuse_what_is_none(exact, name, option):
+    wrong = [None, "0.5", "", [1.0], {}, 1j, math.nan, -math.inf, True]
+    for value in wrong[:-1] if option == "lower_order_final" else wrong:
+        with pytest.raises((TypeError, ValueError), match=rf"\b{option}\b.* got .*{re.escape(repr(value))}"):
+            sample(exact(VP), name, x_T=X_T, steps=4, **{option: value})
 
 
 def test_an_adaptive_sampler_has_no_plan():

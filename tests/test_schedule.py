@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -228,7 +229,9 @@ def test_schedules_are_immutable_and_hashable() -> None:
         (lambda: schedules.from_betas([0.1, 0.0]), "betas must lie in .* entry 1 is 0.0"),
         (lambda: schedules.from_betas([0.1, 1.0, 0.1]), "alphas_cumprod must decrease strictly .* entry 2 is 0.0"),
         (lambda: schedules.from_betas(np.array([[0.1, 0.2]])), r"betas must be one-dimensional, got shape \(1, 2\)"),
-        (lambda: schedules.from_betas([0.1]), "alphas_cumprod needs at least 2 entries, got 1"),
+        (lambda: schedules.from_betas([]), "betas needs at least 2 entries, got 0"),
+        (lambda: schedules.from_alphas_cumprod([0.1]), "alphas_cumprod needs at least 2 entries, got 1"),
+        (lambda: schedules.from_betas([0.1]), "betas needs at least 2 entries, got 1"),
         (lambda: schedules.from_alphas_cumprod([0.5, 0.6]), "alphas_cumprod must decrease strictly .* entry 1 is 0.6"),
         (lambda: schedules.from_alphas_cumprod([1.0, 0.6]), "alphas_cumprod must decrease strictly .* entry 0 is 1.0"),
         (lambda: schedules.from_alphas_cumprod([0.5, -0.1]), "alphas_cumprod .* entry 1 is -0.1"),
@@ -238,6 +241,12 @@ def test_schedules_are_immutable_and_hashable() -> None:
         (lambda: schedules.edm(0.0, 80.0), "0 < sigma_min < sigma_max.*sigma_min=0.0"),
         (lambda: schedules.edm(1.0, math.nan), "0 < sigma_min < sigma_max.*sigma_max=nan"),
         (lambda: schedules.cosine(0.0), "0 < s < 1, got s=0.0"),
+        (lambda: schedules.cosine(math.nan), "0 < s < 1, got s=nan"),
+        (lambda: schedules.vp_linear(math.nan), "0 < beta_min < beta_max.*beta_min=nan"),
+        (
+            lambda: schedules.from_config({"name": "edm", "sigma_max": "8"}),
+            "'edm': sigma_max must be a number, got '8'",
+        ),
         (lambda: schedules.from_config({"name": "cosin"}), "schedule name must be one of .*'cosine'.* got 'cosin'"),
         (lambda: schedules.from_config({}), "schedule name must be one of .* got None"),
         (lambda: schedules.from_config({"name": "cosine", "beta_min": 1.0}), "schedule 'cosine': .*'beta_min'"),
@@ -247,3 +256,31 @@ def test_schedules_are_immutable_and_hashable() -> None:
 def test_bad_input_is_refused_with_its_name_and_value(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("value", ["a", None, True, [1.0], {}, 1j])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda value: schedules.vp_linear(value), "beta_min"),
+        (lambda value: schedules.vp_linear(beta_max=value), "beta_max"),
+        (lambda value: schedules.edm(value), "sigma_min"),
+        (lambda value: schedules.edm(sigma_max=value), "sigma_max"),
+        (lambda value: schedules.cosine(value), "s"),
+    ],
+)
+def test_an_argument_that_is_no_number_is_named(make: object, name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be a number, got {re.escape(repr(value))}$"):
+        make(value)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("value", ["abc", None, True, {}, ["a", "b"], [True, False], [None, 0.1], [[0.1], [0.1, 0.2]]])
+@pytest.mark.parametrize("name", ["betas", "alphas_cumprod"])
+def test_a_table_that_is_not_of_numbers_is_named(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=rf"^{name} must be numbers, shape \(T,\), got {re.escape(repr(value))}$"):
+        getattr(schedules, f"from_{name}")(value)
+
+
+def test_a_table_may_be_of_any_kind_of_number() -> None:
+    for table in ((0.5, 0.25), [np.float32(0.5), 0.25], torch.tensor([0.5, 0.25], dtype=torch.bfloat16)):
+        assert schedules.from_alphas_cumprod(table) == schedules.from_alphas_cumprod(np.array([0.5, 0.25]))  # type: ignore[arg-type]

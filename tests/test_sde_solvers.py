@@ -380,7 +380,9 @@ def test_inner_points_stay_within_the_schedule(exact, schedule, name, options):
     ("name", "options", "message"),
     [
         ("dpmpp-sde", {"eta": -1.0}, "eta must be finite and at least 0, got -1"),
-        ("dpmpp-sde", {"eta": 1e200}, "eta must be at most 1e.100, got 1e.200"),
+        ("dpmpp-sde", {"eta": 1001.0}, "eta must be at most 1000, got 1001"),
+        ("seeds", {"eta": 11.0}, "eta must be at most 10 with predict='eps', .* got 11"),
+        ("dpmpp-2m-sde", {"eta": 11.0, "predict": "eps"}, "eta must be at most 10 with predict='eps', .* got 11"),
         ("dpm2-ancestral", {"eta": math.nan}, "eta must be finite and at least 0, got nan"),
         ("dpmpp-2m-sde", {"s_noise": math.inf}, "s_noise must be finite and at least 0, got inf"),
         ("dpmpp-2m-sde", {"solver_type": "bh1"}, "unknown solver_type 'bh1'; .*accepted: heun, midpoint, taylor"),

@@ -18,7 +18,8 @@ Interval = tuple[float, float, int, int]
 _PUBLISHED: tuple[Interval, ...] = ((0.06, 0.30, 2, 2),)
 _FORM = "(sigma_lo, sigma_hi, repeats, steps)"
 _RHO = 7.0
-_LARGEST, _MOST = 1e100, 1000  # sigma_hi and counts
+# sigma_hi, as alpha = 1 / sigma_hi in t near 1 must keep its digits where a schedule starts at alpha = 0; and counts
+_LARGEST, _MOST = 1e6, 1000
 
 
 def restart(grid: Grid, *, restarts: Sequence[Interval] | None = None, s_noise: float = 1.0) -> Plan:
@@ -31,10 +32,10 @@ def restart(grid: Grid, *, restarts: Sequence[Interval] | None = None, s_noise: 
 
     Args:
         grid: the nodes.
-        restarts: intervals `(sigma_lo, sigma_hi, repeats, steps)` in sigma_bar. Each begins at the node nearest to sigma_lo
-            among those that a step of Heun's method ends at, and takes `2 * repeats * steps` calls more. None is the interval
-            published for CIFAR-10 at 18 steps (table 3, whose N_restart counts nodes), (0.06, 0.30, 2, 2), where it fits into
-            the grid: where that node lies below sigma_hi and the first one does not.
+        restarts: intervals `(sigma_lo, sigma_hi, repeats, steps)` in sigma_bar, up to 1e6. Each begins at the node nearest to
+            sigma_lo among those that a step of Heun's method ends at, and takes `2 * repeats * steps` calls more. None is the
+            interval published for CIFAR-10 at 18 steps (table 3, whose N_restart counts nodes), (0.06, 0.30, 2, 2), where it
+            fits into the grid: where that node lies below sigma_hi and the first one does not.
         s_noise: factor on the noise's standard deviation, at least 0; the authors' code takes 1.003 for images.
 
     Raises:
@@ -83,11 +84,11 @@ def _checked(restarts: Sequence[Interval]) -> Sequence[Interval]:
         raise ValueError(f"restarts must be a sequence of {_FORM}, got {restarts!r}")
     for k, given in enumerate(restarts):
         if not isinstance(given, Sequence) or len(given) != 4 or not _is_interval(*given):
-            wanted = f"{_FORM} with 0 <= sigma_lo < sigma_hi and counts from 1 to {_MOST}"
+            wanted = f"{_FORM} with 0 <= sigma_lo < sigma_hi <= {_LARGEST:g} and counts from 1 to {_MOST}"
             raise ValueError(f"restarts[{k}] must be {wanted}, got {given!r}")
     return restarts
 
 
 def _is_interval(low: Any, high: Any, *counts: Any) -> bool:
-    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 <= low < high < _LARGEST
+    numbers = isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 <= low < high <= _LARGEST
     return numbers and all(type(n) is int and 0 < n <= _MOST for n in counts)

@@ -16,13 +16,11 @@ from collections.abc import Callable
 import numpy as np
 
 from samplers.draft import Draft, step_orders
-from samplers.errors import unknown
+from samplers.errors import LARGEST_AMOUNT, unknown
 from samplers.grid import Grid
 from samplers.plan import Plan
 from samplers.solvers.stages import finite_lam
 from samplers.solvers.weights import exponential_adams, history, lagrange, phi
-
-_MOST_TAU = 1000.0
 
 
 def sa_solver(
@@ -109,17 +107,19 @@ def _weights(
 
 def _scales(tau: float | Callable[[np.ndarray], np.ndarray], sigma_bar: np.ndarray) -> np.ndarray:
     """The value of tau on each step (N,)."""
+    wanted = "tau must be a number or a function of sigma_bar at the steps, an array (N,), that gives an array"
     try:
-        values = np.asarray(tau(sigma_bar) if callable(tau) else tau, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"tau must be a number or a function of sigma_bar at the steps, an array (N,), that gives an array, got {tau!r}: "
-            f"{error}"
-        ) from error
+        found = tau(sigma_bar) if callable(tau) else tau
+        values = np.asarray(found)
+    except Exception as error:  # a function of the caller's may raise anything
+        raise ValueError(f"{wanted}, got {tau!r}: {type(error).__name__}: {error}") from error
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"{wanted}, got {f'{tau!r}, which gives ' if callable(tau) else ''}{found!r}")
+    values = values.astype(np.float64)
     if values.shape not in ((), sigma_bar.shape):
         raise ValueError(f"tau must give a value for each of {len(sigma_bar)} steps, got shape {values.shape}")
-    if not ((values >= 0) & (values <= _MOST_TAU)).all():
-        raise ValueError(f"tau must lie in [0, {_MOST_TAU:g}], got {values.tolist()}")
+    if not ((values >= 0) & (values <= LARGEST_AMOUNT)).all():
+        raise ValueError(f"tau must lie in [0, {LARGEST_AMOUNT:g}], got {values.tolist()}")
     return values
 
 
