@@ -57,37 +57,32 @@ class Plan:
             raise PlanError(f"sigma_T: must be a finite number of at least 0, got {self.sigma_T!r}")
         if len(self.times) < 2 or not all(a > b for a, b in zip(self.times, self.times[1:], strict=False)):
             raise PlanError(f"times: must be at least 2 and decrease strictly, got {self.times}")
-        known, outputs, noises, steps, node = {START}, set[str](), 0, self.steps, 0
+        known, outputs, noises, node = {START}, set[str](), 0, 0
         for i, step in enumerate(self.instructions):
-            used, numbers = _uses(step, i, steps)
-            if isinstance(step, Evaluate):
-                # a network that writes its outputs into one buffer would write over its own input
-                if step.src in outputs:
-                    raise PlanError(
-                        f"instructions[{i}].src: must be a state, got the output {step.src!r} of another call"
-                    )
-                outputs.add(step.dst)
-            elif step.node is not None:
-                if step.node <= node:
-                    raise PlanError(f"instructions[{i}].node: must be above {node}, the one before, got {step.node}")
-                node = step.node
-            # one sum is quicker than a look at each, and only ever too careful
-            if not math.isfinite(sum(numbers)) and not all(map(math.isfinite, numbers)):
-                raise PlanError(f"instructions[{i}]: not finite: {step}")
-            distinct = set(used)
-            if not known.issuperset(distinct):
-                for name in used:
-                    if name == f"z{noises}" and isinstance(step, Combine):
+            dst = step.dst
+            if isinstance(step, Combine):
+                terms = dict(step.terms)
+                if len(terms) < max(len(step.terms), 1):
+                    raise PlanError(f"instructions[{i}]: must use at least one name, and each once, got {[*step.terms]}")
+                for name in terms:
+                    if name not in known:
+                        if name != f"z{noises}":
+                            raise PlanError(f"instructions[{i}]: uses {name!r} before it exists")
                         known.add(name)
                         noises += 1
-                if not known.issuperset(distinct):
-                    raise PlanError(f"instructions[{i}]: uses {sorted(distinct - known)[0]!r} before it exists")
-            if len(distinct) < max(len(used), 1):
-                raise PlanError(f"instructions[{i}]: must use at least one name, and each once, got {list(used)}")
-            if step.dst in known or step.dst[:1] in ("", "z"):
-                why = "a second time" if step.dst in known else "but names with z are for noises and none is empty"
-                raise PlanError(f"instructions[{i}]: defines {step.dst!r} {why}")
-            known.add(step.dst)
+                # one sum is quicker than a look at each, and only ever too careful
+                if not math.isfinite(sum(terms.values())) and not all(map(math.isfinite, terms.values())):
+                    raise PlanError(f"instructions[{i}]: not finite: {step}")
+                if step.node is not None:
+                    _check_node(step.node, node, self.steps, i)
+                    node = step.node
+            else:
+                _check_call(step, known, outputs, i)
+                outputs.add(dst)
+            if dst in known or dst[:1] in ("", "z"):
+                why = "a second time" if dst in known else "but names with z are for noises and none is empty"
+                raise PlanError(f"instructions[{i}]: defines {dst!r} {why}")
+            known.add(dst)
         if not self.instructions or not isinstance(self.instructions[-1], Combine):
             raise PlanError("instructions: the last one must be a combine, whose dst is the result")
 
@@ -242,23 +237,32 @@ def _converted(step: Evaluate, state: np.ndarray, output: np.ndarray) -> np.ndar
     return (state - other * output) / own
 
 
-def _uses(step: Instruction, i: int, steps: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """The names that instruction i uses, and its numbers; PlanError for a field that cannot be."""
-    if isinstance(step, Combine):
-        if step.node is not None and not 1 <= step.node <= steps:
-            raise PlanError(f"instructions[{i}].node: must be 1 to {steps}, got {step.node}")
-        used, numbers = zip(*step.terms, strict=True) if step.terms else ((), ())
-        return used, numbers
-    if step.kind not in KINDS:
-        raise PlanError(f"instructions[{i}].kind: must be one of {KINDS}, got {step.kind!r}")
-    if step.src[:1] == "z":
-        raise PlanError(f"instructions[{i}].src: must be a state, got the noise {step.src!r}")
-    for name, value in (("alpha", step.alpha), ("sigma", step.sigma)):
+def _check_node(node: int, before: int, steps: int, i: int) -> None:
+    """Raise PlanError where the node of instruction i is none of the grid's, or not above the one before."""
+    if not 1 <= node <= steps:
+        raise PlanError(f"instructions[{i}].node: must be 1 to {steps}, got {node}")
+    if node <= before:
+        raise PlanError(f"instructions[{i}].node: must be above {before}, the one before, got {node}")
+
+
+def _check_call(step: Evaluate, known: set[str], outputs: set[str], i: int) -> None:
+    """Raise PlanError for a call, instruction i, that cannot be made."""
+    _, src, t, alpha, sigma, kind = step
+    if kind not in KINDS:
+        raise PlanError(f"instructions[{i}].kind: must be one of {KINDS}, got {kind!r}")
+    if src[:1] == "z":
+        raise PlanError(f"instructions[{i}].src: must be a state, got the noise {src!r}")
+    if src not in known:
+        raise PlanError(f"instructions[{i}]: uses {src!r} before it exists")
+    if src in outputs:  # a network that writes its outputs into one buffer would write over its own input
+        raise PlanError(f"instructions[{i}].src: must be a state, got the output {src!r} of another call")
+    for name, value in (("alpha", alpha), ("sigma", sigma)):
         if value < 0:
             raise PlanError(f"instructions[{i}].{name}: must be at least 0, got {value!r}")
-    if step.alpha == step.sigma == 0:
-        raise PlanError(f"instructions[{i}].sigma: must be above 0 where alpha is 0, got {step.sigma!r}")
-    return (step.src,), (step.t, step.alpha, step.sigma)
+    if alpha == sigma == 0:
+        raise PlanError(f"instructions[{i}].sigma: must be above 0 where alpha is 0, got {sigma!r}")
+    if not math.isfinite(t + alpha + sigma):
+        raise PlanError(f"instructions[{i}]: not finite: {step}")
 
 
 class _Fields(dict[str, Any]):
