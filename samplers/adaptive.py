@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from samplers.errors import SamplingError, ToleranceError
-from samplers.execute import Callback, Progress
+from samplers.execute import Callback, Progress, check_finite, is_finite
 from samplers.grid import Grid
 from samplers.model import EpsModel
 
@@ -37,6 +37,7 @@ class Network:
         """The model's output as `kind`, in the dtype of x.
 
         Raises:
+            SamplingError: the network gives NaN or Inf, which no smaller step would make good.
             ToleranceError: the limit is reached.
         """
         if self.nfe is not None and self.calls >= self.nfe:
@@ -45,6 +46,8 @@ class Network:
             )
         self.calls, self.t = self.calls + 1, t
         out, (by_x, by_out) = self.model.evaluate(x.to(self.dtype), t, alpha, sigma, kind, self.cond)
+        if not is_finite(out):
+            raise SamplingError(f"NaN or Inf in call {self.calls}: the network's output at t={t:g}")
         out = out.to(x.dtype)
         return out * by_out + x * by_x if by_x else out * by_out
 
@@ -62,8 +65,10 @@ def through_nodes(
     `advance` gets and gives widened states; the result, and what the callback is told, have the dtype of x_T.
 
     Raises:
-        SamplingError: the result is NaN or Inf.
+        ValueError: x_T has NaN or Inf.
+        SamplingError: the result has.
     """
+    check_finite(x_T)
     x = widened(x_T)
     for i in range(grid.steps):
         if grid.sigma[i + 1] == 0:
@@ -73,7 +78,7 @@ def through_nodes(
         if callback is not None:
             callback(Progress(i + 1, grid.steps, float(grid.t[i + 1]), network.calls, x.to(x_T.dtype)))
     x = x.to(x_T.dtype)
-    if not torch.isfinite(x).all():
+    if not is_finite(x):
         raise SamplingError("the adaptive integrator ended in NaN or Inf")
     return x
 
@@ -123,8 +128,8 @@ def integrate(
         The state at the last node, shape and dtype of x_T; between the calls it is kept in float32 at least.
 
     Raises:
-        ValueError: a tolerance that is not positive.
-        SamplingError: NaN or Inf, a step size that underflows, or a tolerance that `nfe` calls do not reach.
+        ValueError: a tolerance that is not positive, NaN or Inf in x_T.
+        SamplingError: NaN or Inf from the network, a step size that underflows, or a tolerance that `nfe` calls do not reach.
     """
     check_positive(rtol=rtol, atol=atol)
     network = Network(model, x_T.dtype, cond, nfe, f"rtol={rtol:g}, atol={atol:g}")
@@ -155,7 +160,7 @@ def solve(slope: Stoppable, y: Tensor, theta: Tensor, method: str, rtol: float, 
     try:
         # step_t: without it the integrator steps past the end, where the model is not defined, and interpolates back
         return odeint(slope, y, theta, method=method, rtol=rtol, atol=atol, options={"step_t": theta[1:]})[-1]
-    except AssertionError as error:  # torchdiffeq's step-size underflow, which NaN also causes
+    except AssertionError as error:  # torchdiffeq's step-size underflow
         raise slope.stopped(str(error)) from error
 
 
@@ -163,10 +168,7 @@ def _lsoda(slope: Slope, y: Tensor, theta: Tensor, method: str, rtol: float, ato
     from scipy.integrate import solve_ivp
 
     def flat(at: float, values: Any) -> Any:
-        out = slope(at, torch.as_tensor(values).view(y.shape).to(y)).double().cpu().flatten()
-        if not torch.isfinite(out).all():  # LSODA itself would go on
-            raise slope.stopped("the network gave NaN or Inf")
-        return out.numpy()
+        return slope(at, torch.as_tensor(values).view(y.shape).to(y)).double().cpu().flatten().numpy()
 
     start = y.double().cpu().flatten().numpy()
     found = solve_ivp(flat, theta.tolist(), start, method="LSODA", rtol=rtol, atol=atol, lband=0, uband=0)

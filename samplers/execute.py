@@ -79,7 +79,8 @@ def run_plan(
         The result, shape, dtype and device of x_T.
 
     Raises:
-        ValueError, TypeError: bad arguments, a plan that was made on another schedule, or a network that returns another shape.
+        ValueError, TypeError: bad arguments, a plan that was made on another schedule, or a network that returns another shape;
+            NaN or Inf in x_T where that is looked for.
         SamplingError: NaN or Inf from the network; names the step and the time, where a second run meets it too.
     """
     if not isinstance(check, bool) and check != "each":
@@ -93,13 +94,16 @@ def run_plan(
     check_handlers(callback, cond)
     cond = {} if cond is None else cond
     draw = noise_of(noise_source, seed, indices, len(x_T), x_T.device)
+    if check == "each":
+        check_finite(x_T)
     if compile is not None:
         from samplers.compiled import run_compiled
 
         x = run_compiled(compile, plan, model, x_T, draw, cond)
     else:
         x = Loop.of(plan, model, x_T, draw).run(x_T, draw, cond, _watch(plan, callback, each=check == "each"))
-    if check is True and not _finite(x):
+    if check is True and not is_finite(x):
+        check_finite(x_T)
         Loop.of(plan, model, x_T, draw).run(x_T, draw, cond, _watch(plan, None, each=True))
         raise SamplingError(f"sampler {plan.sampler!r} gave NaN or Inf, and a second run to find the step did not")
     return x
@@ -306,9 +310,16 @@ def _watch(plan: Plan, callback: Callback | None, each: bool) -> Watch | None:
     return watch
 
 
-def _finite(x: Tensor) -> bool:
-    """One reduction; a sum that overflows in half precision is looked at again."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+def is_finite(x: Tensor) -> bool:
+    """Whether no number is NaN or Inf, by one reduction; a sum that overflows in half precision is looked at again."""
+    return math.isfinite(float(x.detach().sum())) or bool(torch.isfinite(x).all())
+
+
+def check_finite(x_T: Tensor) -> None:
+    """Raise ValueError where a start state (B, ...) has NaN or Inf."""
+    if not is_finite(x_T):
+        sample = int(torch.isfinite(x_T).view(len(x_T), -1).all(1).int().argmin())
+        raise ValueError(f"x_T must be finite, got NaN or Inf in sample {sample}")
 
 
 def noise_of(

@@ -235,7 +235,10 @@ class EpsModel:
 
     def _predict(self, x: Tensor, t: Scalar, kind: str, cond: Mapping[str, Any]) -> Tensor:
         if not isinstance(t, Tensor) or t.ndim == 0:
-            t = float(t)
+            try:
+                t = float(t)
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"t must be a number or a tensor of shape ({len(x)},), got {t!r}") from error
             out, affine = self.evaluate(x, t, *self._noise_level(t), kind, cond)
         else:
             if t.shape != (len(x),):

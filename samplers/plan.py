@@ -63,7 +63,9 @@ class Plan:
             if isinstance(step, Combine):
                 terms = dict(step.terms)
                 if len(terms) < max(len(step.terms), 1):
-                    raise PlanError(f"instructions[{i}]: must use at least one name, and each once, got {[*step.terms]}")
+                    raise PlanError(
+                        f"instructions[{i}]: must use at least one name, and each once, got {[*step.terms]}"
+                    )
                 for name in terms:
                     if name not in known:
                         if name != f"z{noises}":

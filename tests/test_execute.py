@@ -264,6 +264,13 @@ def test_nan_is_found_and_placed(name, where, check):
         run_plan(plan, EpsModel(nan_below(0.5), VP), normal(2, 3), check=check)
 
 
+@pytest.mark.parametrize("check", [True, "each"])
+def test_nan_in_the_start_is_not_the_networks(check):
+    x_T = normal(3, 2).index_fill(0, torch.tensor([1]), math.nan)
+    with pytest.raises(ValueError, match="x_T must be finite, got NaN or Inf in sample 1"):
+        run_plan(make_plan("ddim", VP, steps=3), EpsModel(lambda x, t: x, VP), x_T, check=check)
+
+
 def test_nan_found_at_once_or_at_the_end():
     plan, net = make_plan("ddim", VP, timesteps=TIMES), ThirdCallFails()
     with pytest.raises(SamplingError, match=r"step 3 of 4 of sampler 'ddim': the network's output at t=0.5"):
@@ -286,7 +293,7 @@ def test_nan_unchecked_is_returned():
 def test_overflow_of_the_state_is_found():
     model = EpsModel(lambda x, t: torch.full_like(x, 6e4), VP)
     with pytest.raises(SamplingError, match=r"step \d of 4 of sampler 'ddim': the state at t="):
-        run_plan(make_plan("ddim", VP, timesteps=TIMES), model, normal(2, 3, dtype=torch.float16).mul(6e4))
+        run_plan(make_plan("ddim", VP, timesteps=TIMES), model, torch.full((2, 3), 6e4, dtype=torch.float16))
 
 
 def test_a_checked_run_is_the_same_run(exact):
