@@ -21,7 +21,7 @@ from bench.certify.equalities import GRIDS as EQUALITY_GRIDS
 from bench.certify.faults import fault_row, stochastic_fault_rows
 from bench.certify.gaussian import stochastic_orders
 from bench.certify.schedulers import cases
-from bench.certify.settings import deterministic, growing, noise_rate, stochastic
+from bench.certify.settings import deterministic, growing, stochastic
 from bench.certify.summary import described, readme, terminal
 from bench.certify.tolerance import tolerance_rows
 from bench.provenance import machine
@@ -92,7 +92,7 @@ def jobs(names: Sequence[str] = (), quick: bool = False) -> list[Job]:
         for schedule, grid in product(schedules, EQUALITY_GRIDS[:1] if quick else EQUALITY_GRIDS)
         for final, steps in product(FINALS, DETECTED_AT)
     ]
-    todo += [Job("faults", e.name, partial(_faults, e)) for e in chosen if not e.adaptive and e.stochastic != "yes"]
+    todo += [Job("faults", e.name, partial(_faults, e)) for e in chosen if not e.adaptive]
     return todo
 
 
@@ -153,9 +153,8 @@ def _orders(entry: Sampler, schedules: Sequence[str], grids: Sequence[str], quic
 def _faults(entry: Sampler) -> Iterator[Row]:
     for options in islice(deterministic(entry), 1):
         yield fault_row(entry, options, "vp_linear")
-    for options in stochastic(entry):
-        if noise_rate(entry, options) not in (None, 1.0):  # at 1 a mean may be exact
-            yield from stochastic_fault_rows(entry, options, "vp_linear", order.GRIDS[0])
+    for options in [*stochastic(entry), *growing(entry)]:
+        yield from stochastic_fault_rows(entry, options, "vp_linear", order.GRIDS[0])
 
 
 def _one(make: Callable[[Any], Row], what: Any) -> Iterator[Row]:

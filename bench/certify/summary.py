@@ -33,9 +33,11 @@ _EXPLAINED = (
     "order + 1, free of start-up. `start-up`: the slope is not the stated one because the first steps are of lower order; with "
     "exact states at the first nodes (`slope_exact_start`) it is.",
     "- **order.csv**, stochastic: a one-dimensional Gaussian, where a plan's mean and variance are exact numbers. A slope passes "
-    "within 0.2 of the stated order, on the first doubling from 160 to 320 steps on, up to 10240, that is there. `strong` is the "
+    "within 0.2 of the stated order, on the first doubling from 160 to 320 steps on (a path's from 640 to 1280), up to 10240, "
+    "that is there like the one before, or is the last one above rounding. `strong` is the "
     "root mean square distance to the reverse SDE of that eta or tau on the same Brownian path, or, where a sampler solves "
-    "another SDE, to its own limit on the same noises. A sampler that takes eta or tau is measured at its default or 1 and at "
+    "another SDE, to its own limit on the same noises; that this limit is the right one shows in mean and variance, which are "
+    "held against exact ones there too. A sampler that takes eta or tau is measured at its default or 1 and at "
     "0.5: at 1 the mean of a Gaussian is exact in x0 whatever the order. `weak, mean given a start` is the error of the mean of "
     "runs from one state at the log-SNR -1. `not an order`: there is none, for the reason in the note, and the slope is for the "
     "record.",
@@ -48,6 +50,8 @@ _EXPLAINED = (
     "k-diffusion is installed (`pip install --no-deps k-diffusion`), whose version it names, and otherwise left as it is.",
     "- **tolerance.csv**: error-controlled samplers on the same mixture. The largest error over eight states is at most 30 times "
     "the tolerance, and falls at least by half where that falls tenfold.",
+    "- **faults.csv**: the orders of plans with one coefficient of every step 1 % too large, on the steps of the certificates up "
+    "to 2560: an output's, where one step or the mean is to fail, and every step's last noise, where variance and path are.",
     "- **equalities.csv**: the largest difference of coefficients in epsilon over the largest coefficient.",
 )
 
