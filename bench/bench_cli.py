@@ -61,7 +61,9 @@ from bench.command import FAILED, TIME_OVER, integers_in, names_in, plain_errors
 @click.option(
     "--dry-run", is_flag=True, help="Show the cells, their network calls and estimated minutes; measure nothing."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Results folder; by default results/SUITE-SAMPLES.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), help="Results folder; by default results/SUITE-SAMPLES."
+)
 @plain_errors
 def bench(
     suite: str,
@@ -172,8 +174,8 @@ def _measure(run: Any) -> int:
             )
             return TIME_OVER if workers.leads else 0
         except OSError as error:  # a full disk, a folder that may not be written
-            went_on = f"what was finished before is kept in {folder}, and the same command goes on from there"
-            raise click.ClickException(f"{error}; {went_on}") from error
+            went_on = f"; what was finished before is kept in {folder}, and the same command goes on from there"
+            raise click.ClickException(f"{error}{went_on if folder.exists() else ''}") from error
     if not workers.leads:
         return 0
     if run.overhead is not None:

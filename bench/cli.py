@@ -27,7 +27,9 @@ def main() -> None:
 @main.command()
 @click.option("--samplers", help="Registered names, separated by commas; by default all.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder; by default results/certificates, -part for a part."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder; by default results/certificates, -part for a part.",
 )
 @click.option("--quick", is_flag=True, help="One schedule and one grid, short runs: a look, not a certificate.")
 @plain_errors
@@ -71,7 +73,9 @@ def list_all() -> None:
 )
 @click.option("--device", default="cpu", show_default=True, help="Of torch: cpu, cuda, cuda:1.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder; by default results/speed, -part for a part, -cuda."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder; by default results/speed, -part for a part, -cuda.",
 )
 @plain_errors
 def speed(samplers: str | None, seconds: float, device: str, out: Path | None) -> None:

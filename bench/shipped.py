@@ -16,6 +16,11 @@ def found(name: str | Path) -> Path:
     return shipped if not Path(name).exists() and shipped.is_dir() else Path(name)
 
 
+def shipped_models() -> list[str]:
+    """Names of the shipped students, each one model."""
+    return sorted(f"{path.parents[1].name}/{path.parent.name}" for path in ASSETS.glob("*/*/config.json"))
+
+
 def shipped_students() -> list[str]:
     """Names of the shipped folders of students."""
-    return sorted({path.parents[1].name for path in ASSETS.glob("*/*/config.json")})
+    return sorted({name.partition("/")[0] for name in shipped_models()})

@@ -19,10 +19,10 @@ from bench.metrics import FrechetReference
 from bench.network import DTYPES, Network, on_device
 from bench.pipelines import HUB, Reading, is_pipeline, load_pipeline
 from bench.problems import NAMES, Problem, load_problem
-from bench.shipped import ASSETS, found
+from bench.shipped import ASSETS, found, shipped_models
 from distill.checkpoint import load_checkpoint
 from samplers import EpsModel, schedules
-from samplers.errors import unknown
+from samplers.errors import did_you_mean, unknown
 
 TEACHER = ASSETS / "mnist-teacher"
 _MNIST = "mnist"
@@ -108,10 +108,12 @@ def load_network(name: str, device: str, dtype: str, **reading: Any) -> Network:
         hint = f", such as {HUB}{name}" if name.count("/") == 1 and name[0] not in "./~" else ""
         if name.startswith(_CIFAR10):
             hint = f"; `python -m bench.cifar10 --data FOLDER --out {_CIFAR10}` makes it, or give {HUB}google/ddpm-cifar10-32"
+        close = did_you_mean(name, shipped_models())
         raise ValueError(
-            f"model {name!r}: there is no such folder; give {', '.join((_MNIST, *NAMES, *_FOLDERS))}{hint}"
+            f"model {name!r}: there is no such folder; {close}"
+            f"give {', '.join((_MNIST, *NAMES, *_FOLDERS))}{'' if close else hint}"
         )
-    raise unknown("model", name, (_MNIST, *NAMES, *_FOLDERS))
+    raise unknown("model", name, (_MNIST, *NAMES, *shipped_models(), *_FOLDERS))
 
 
 def _asked(name: str, reading: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,10 +41,14 @@ def unknown(what: str, given: object, accepted: Iterable[str]) -> ValueError:
         accepted: the names that exist.
     """
     names = sorted(accepted)
-    spelled = {_spelling(name): name for name in reversed(names)}
+    return ValueError(f"unknown {what} {given!r}; {did_you_mean(given, names)}accepted: {', '.join(names)}")
+
+
+def did_you_mean(given: object, accepted: Iterable[str]) -> str:
+    """The question whether one of the closest of the names that exist was meant; empty where none is close."""
+    spelled = {_spelling(name): name for name in sorted(accepted, reverse=True)}
     close = [spelled[name] for name in difflib.get_close_matches(_spelling(given), spelled, n=3, cutoff=0.4)]
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return ValueError(f"unknown {what} {given!r}; {hint}accepted: {', '.join(names)}")
+    return f"did you mean {' or '.join(map(repr, close))}? " if close else ""
 
 
 def _spelling(name: object) -> str:

@@ -105,6 +105,12 @@ def test_the_shipped_files_are_small():
 def test_unknown_names_and_dtypes():
     with pytest.raises(ValueError, match="unknown model 'minst'; did you mean 'mnist'"):
         load_model("minst")
+    with pytest.raises(
+        ValueError, match="no such folder; did you mean 'mnist-progressive/1-step' or .*steps'\\? give mnist"
+    ):
+        load_model("mnist-progresive/1-step")
+    with pytest.raises(ValueError, match="no such folder; give mnist, .*, such as hf:some/body"):
+        load_model("some/body")
     with pytest.raises(ValueError, match="unknown dtype 'bf61'; did you mean 'bf16'"):
         load_model("mnist", dtype="bf61")
     assert default_dtype("cpu") in ("fp32", "bf16")
