@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -31,7 +31,7 @@ _KEY = "cell"  # of a PNG's text
 _FRAME, _LAST_FRAME = 120, 1500  # milliseconds
 _TITLE = 52  # letters a line that the axes are wide enough for
 _BELOW = 3.0  # times that the axis goes below the smallest value at most: an interval may end near 0, or there
-_SCATTER, _DOT = 480, 1.5  # pixels: side of the picture, radius of a point
+_SCATTER, _DOT = 480, 2  # pixels: side of the picture, radius of a point
 
 
 def save_frontier(rows: Sequence[Row], floors: Sequence[Floor], title: str, *paths: Path) -> None:
@@ -221,10 +221,13 @@ def _scatter(points: Tensor) -> Image.Image:
     xy = np.stack([points[:, 0].numpy(), points[:, min(1, points.shape[1] - 1)].numpy()], 1).astype(np.float64)
     middle = np.median(xy, axis=0)
     reach = 1.1 * max(float(np.quantile(np.abs(xy - middle), 0.99)), 1e-9)
-    pixels = (xy - middle) / reach * (0.5 * _SCATTER) * (1, -1) + 0.5 * _SCATTER
-    picture = Image.new("P", (_SCATTER, _SCATTER), 0)
+    pixels = ((xy - middle) / reach * (0.5 * _SCATTER) * (1, -1) + 0.5 * _SCATTER).clip(-_SCATTER, 2 * _SCATTER)
+    near = np.arange(-_DOT, _DOT + 1)
+    dot = np.stack(np.nonzero(near[:, None] ** 2 + near**2 <= _DOT**2), 1) - _DOT
+    x, y = (pixels.round().astype(int)[:, None] + dot).reshape(-1, 2).T
+    inside = (x >= 0) & (x < _SCATTER) & (y >= 0) & (y < _SCATTER)
+    marked = np.zeros((_SCATTER, _SCATTER), dtype=np.uint8)
+    marked[y[inside], x[inside]] = 1
+    picture = Image.fromarray(marked).convert("P")
     picture.putpalette(ImageColor.getrgb("white") + ImageColor.getrgb(_COLOURS[0]))
-    draw = ImageDraw.Draw(picture)
-    for x, y in pixels.clip(-_SCATTER, 2 * _SCATTER):
-        draw.ellipse((x - _DOT, y - _DOT, x + _DOT, y + _DOT), fill=1)
     return picture
