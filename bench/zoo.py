@@ -110,8 +110,7 @@ def load_network(name: str, device: str, dtype: str, **reading: Any) -> Network:
             hint = f"; `python -m bench.cifar10 --data FOLDER --out {_CIFAR10}` makes it, or give {HUB}google/ddpm-cifar10-32"
         close = did_you_mean(name, shipped_models())
         raise ValueError(
-            f"model {name!r}: there is no such folder; {close}"
-            f"give {', '.join((_MNIST, *NAMES, *_FOLDERS))}{'' if close else hint}"
+            f"model {name!r}: there is no such folder; {close}give {', '.join((_MNIST, *NAMES, *_FOLDERS))}{hint}"
         )
     raise unknown("model", name, (_MNIST, *NAMES, *shipped_models(), *_FOLDERS))
 

@@ -6,6 +6,7 @@ import difflib
 import math
 import reprlib
 from collections.abc import Iterable
+from decimal import Decimal
 from numbers import Real
 from typing import Any
 
@@ -77,7 +78,7 @@ def float_table(name: str, values: Any) -> np.ndarray:
         table = np.asarray(values)
     except ValueError:  # lists of several lengths
         table = np.asarray(None)
-    if table.dtype.kind not in "fiu":
+    if table.dtype.kind not in "fiu" and not (table.size and all(isinstance(v, Real | Decimal) for v in table.flat)):
         raise TypeError(f"{name} must be numbers, shape (T,), got {reprlib.repr(values)}")
     if table.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {table.shape}")
@@ -86,13 +87,13 @@ def float_table(name: str, values: Any) -> np.ndarray:
     return table.astype(np.float64)
 
 
-def check_amount(name: str, value: float) -> None:
-    """Raise ValueError for an amount (of noise) that is negative, NaN, or larger than single precision works with.
+def check_amount(name: str, value: float, largest: float = LARGEST_AMOUNT) -> None:
+    """Raise ValueError for an amount (of noise) that is negative, NaN, infinite or larger than single precision works with.
 
     Also TypeError for one that is not a number.
     """
     check_numbers(**{name: value})
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    if value > LARGEST_AMOUNT:
-        raise ValueError(f"{name} must be at most {LARGEST_AMOUNT:g}, got {value}")
+    if value > largest:
+        raise ValueError(f"{name} must be at most {largest:g}, got {value}")

@@ -268,7 +268,10 @@ def _write(out: Tensor, terms: Sequence[tuple[Tensor, Any]]) -> None:
 
 
 def _add_half(a: Tensor, b: Tensor, *, alpha: Any, out: Tensor) -> Tensor:
-    """`torch.add` on a CPU in half precision, where that rounds the last few numbers of a tensor twice, and all others once."""
+    """`a + alpha b` on a CPU in half precision, rounded once.
+
+    `torch.add` rounds alpha to half precision before, and in the last few numbers of a tensor the product as well.
+    """
     return torch.addcmul(a, b, _HALF[out.dtype], value=alpha, out=out)
 
 
@@ -318,7 +321,7 @@ def is_finite(x: Tensor) -> bool:
 def check_finite(x_T: Tensor) -> None:
     """Raise ValueError where a start state (B, ...) has NaN or Inf."""
     if not is_finite(x_T):
-        sample = int(torch.isfinite(x_T).view(len(x_T), -1).all(1).int().argmin())
+        sample = int(torch.isfinite(x_T).reshape(len(x_T), -1).all(1).int().argmin())
         raise ValueError(f"x_T must be finite, got NaN or Inf in sample {sample}")
 
 

@@ -196,7 +196,8 @@ class EpsModel:
 
         Raises:
             TypeError: the network does not return a tensor.
-            ValueError: it returns another shape, or writes to x.
+            ValueError: it returns another shape, or writes to x, where that is counted: not of an x that is a view of another
+                tensor, in inference mode or while it is compiled.
         """
         state, version = x, _version(x)
         if self.predicts == "edm":  # c_in x / alpha and c_noise
@@ -289,8 +290,8 @@ def require_model(name: str, model: EpsModel) -> None:
 
 
 def _version(x: Tensor) -> int:
-    """How often a tensor has been written to; the same for all where nobody counts."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    """How often a tensor has been written to; 0 where nobody counts, or others of its memory too, as in an engine's pool."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() or x._is_view() else x._version
 
 
 def _time_dtype(x: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     """
     copies = [word.clone(memory_format=torch.contiguous_format) for word in torch.broadcast_tensors(*counter)]
     # the same statements serve both; NumPy starts each of the hundred in a third of torch's time
-    a, b, c, d = (word.numpy() for word in copies) if copies[0].device.type == "cpu" else copies
+    a, b, c, d = _arrays(copies) or copies
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(_ROUNDS):
         a *= _MULTIPLIERS[0]
@@ -50,8 +51,18 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
         key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
     b &= _MASK
     d &= _MASK
-    a, b, c, d = (torch.as_tensor(word) for word in (a, b, c, d))
+    a, b, c, d = (torch.from_numpy(word) if isinstance(word, np.ndarray) else word for word in (a, b, c, d))
     return a, b, c, d
+
+
+def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Arrays on the memory of tensors; none where they are not on a CPU, or stand for others, as under `torch.func`."""
+    if tensors[0].device.type != "cpu":
+        return []
+    try:
+        return [tensor.numpy() for tensor in tensors]
+    except RuntimeError:
+        return []
 
 
 def standard_normal(
@@ -74,24 +85,28 @@ def standard_normal(
         out: (B, *shape), of that dtype on that device, to be written to; None makes one.
 
     Returns:
-        (B, *shape). On a CPU what is made on the way is of the size of 131 072 numbers; elsewhere of the result.
+        (B, *shape). On a CPU what is made on the way is of the size of 131 072 numbers, or of a sample where out is given and
+        not contiguous; elsewhere of the result.
     """
     if out is None:
         out = torch.empty((len(indices), *shape), dtype=dtype, device=device)
-    whole = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
-    rows = indices.to(device=whole.device, dtype=torch.int64)[:, None]
-    _draw(whole.view(len(indices), math.prod(shape)), check_seed(seed), rows, torch.full_like(rows, number))
-    return out if whole is out else out.copy_(whole)
+    rows = indices.to(device=out.device, dtype=torch.int64)[:, None]
+    _draw(out, check_seed(seed), rows, torch.full_like(rows, number))
+    return out
 
 
 def _draw(out: Tensor, seed: int, indices: Tensor, numbers: Tensor) -> None:
-    """Write into out (R, size): row by row the noise of a number of a sample, both (R, 1); on a CPU in parts."""
+    """Write into out (R, *shape): row by row the noise of a number of a sample, both (R, 1); on a CPU in parts."""
+    size = math.prod(out.shape[1:])
     rows = columns = max(1, out.numel())
     if out.device.type == "cpu":
-        rows, columns = max(1, _AT_ONCE // max(1, out.shape[1])), _AT_ONCE
+        rows, columns = max(1, _AT_ONCE // max(1, size)), _AT_ONCE
     for few, number, part in zip(indices.split(rows), numbers.split(rows), out.split(rows), strict=True):
-        for i, piece in enumerate(part.split(columns, dim=1)):
+        whole = part if part.is_contiguous() else torch.empty_like(part, memory_format=torch.contiguous_format)
+        for i, piece in enumerate(whole.view(len(few), size).split(columns, dim=1)):
             _fill(piece, seed, few, number, i * columns // 4)
+        if whole is not part:
+            part.copy_(whole)
 
 
 def _fill(out: Tensor, seed: int, indices: Tensor, numbers: Tensor, first: int) -> None:
@@ -110,40 +125,43 @@ def _fill(out: Tensor, seed: int, indices: Tensor, numbers: Tensor, first: int) 
 class SeededNoise:
     """The noise source of a seed: noise k of sample i is a function of (seed, i, k) alone.
 
-    Of small states the next noises are drawn together, which costs as much as one.
+    Of small states the next noises are drawn together, which costs little more than one.
 
     Args:
         seed: in [0, 2^64).
-        indices: (B,) int64 sample indices, on the device of the states.
+        indices: (B,) integer sample indices, best on the device of the states.
 
     Raises:
         ValueError: a bad seed.
     """
 
     def __init__(self, seed: int, indices: Tensor) -> None:
-        self.seed, self.indices = check_seed(seed), indices
-        self._ahead, self._first = torch.empty(0), 0
+        self._seed, self._indices = check_seed(seed), indices.to(torch.int64, copy=True)
+        self._ahead: tuple[int, Tensor] | None = None  # the number of the first, and all; replaced, and not written to
 
     def __call__(self, k: int, like: Tensor, out: Tensor | None = None) -> Tensor:
         """The k-th noise, of like's shape, dtype and device; written into `out` where that is given."""
         together = min(_AHEAD, _SMALL // max(1, like.numel()))
-        if together < 2:
-            return standard_normal(self.seed, self.indices, k + 1, like.shape[1:], like.dtype, like.device, out)
-        ahead = self._ahead
-        same = ahead.shape[1:] == like.shape and ahead.dtype == like.dtype and ahead.device == like.device
-        if not same or not self._first <= k < self._first + together:
-            if not same:
-                ahead = self._ahead = torch.empty((together, *like.shape), dtype=like.dtype, device=like.device)
-            self._first, batch = k, len(self.indices)
-            numbers = torch.arange(k + 1, k + 1 + together, device=like.device).repeat_interleave(batch)[:, None]
-            _draw(
-                ahead.view(together * batch, math.prod(like.shape[1:])),
-                self.seed,
-                self.indices.repeat(together)[:, None],
-                numbers,
-            )
-        noise = ahead[k - self._first]
+        if together < 2 or len(like) != len(self._indices):
+            return standard_normal(self._seed, self._indices, k + 1, like.shape[1:], like.dtype, like.device, out)
+        first, ahead = self._ahead or (k, None)
+        if ahead is None or not first <= k < first + together or not _alike(ahead[0], like):
+            first, ahead = k, self._drawn(k, together, like)
+            self._ahead = first, ahead
+        noise = ahead[k - first]
         return noise.clone() if out is None else out.copy_(noise)
+
+    def _drawn(self, first: int, count: int, like: Tensor) -> Tensor:
+        """The noises from the first on, (count, *like.shape)."""
+        ahead = torch.empty((count, *like.shape), dtype=like.dtype, device=like.device)
+        indices = self._indices.to(like.device).repeat(count)[:, None]
+        numbers = torch.arange(first + 1, first + 1 + count, device=like.device).repeat_interleave(len(like))[:, None]
+        _draw(ahead.flatten(0, 1), self._seed, indices, numbers)
+        return ahead
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def check_seed(seed: int) -> int:

@@ -263,7 +263,7 @@ def _check_call(step: Evaluate, known: set[str], outputs: set[str], i: int) -> N
             raise PlanError(f"instructions[{i}].{name}: must be at least 0, got {value!r}")
     if alpha == sigma == 0:
         raise PlanError(f"instructions[{i}].sigma: must be above 0 where alpha is 0, got {sigma!r}")
-    if not math.isfinite(t + alpha + sigma):
+    if not math.isfinite(t + alpha + sigma) and not all(map(math.isfinite, (t, alpha, sigma))):
         raise PlanError(f"instructions[{i}]: not finite: {step}")
 
 

@@ -370,6 +370,11 @@ def test_rounding_is_no_order():
     assert _measured(lambda n: 1e-14, 3)["note"] == "exact"
 
 
+def test_a_known_reason_is_for_a_slope_beyond_the_tolerance():
+    assert _measured(lambda n: 7.0 * n**-2.05, 2, known="a reason")["status"] == "pass"
+    assert _measured(lambda n: 7.0 * n**-2.5, 2, known="a reason")["note"] == "a reason"
+
+
 def test_one_doubling_alone_is_no_order_but_the_last_is():
     def found(*errors):
         steps = [80 * 2**k for k in range(len(errors))]

@@ -71,8 +71,8 @@ def test_each_compiled_loop_counts_for_itself():
 
 
 def test_indices_are_on_the_device_of_the_states_before_the_loop():
-    assert noise_of(None, 0, None, 4, "meta").indices.device.type == "meta"
-    assert noise_of(None, 0, torch.arange(4), 4, "meta").indices.device.type == "meta"
+    assert noise_of(None, 0, None, 4, "meta")._indices.device.type == "meta"
+    assert noise_of(None, 0, torch.arange(4), 4, "meta")._indices.device.type == "meta"
 
 
 @pytest.mark.gpu

@@ -271,6 +271,19 @@ def test_nan_in_the_start_is_not_the_networks(check):
         run_plan(make_plan("ddim", VP, steps=3), EpsModel(lambda x, t: x, VP), x_T, check=check)
 
 
+def test_nan_in_a_start_of_another_layout():
+    x_T = normal(3, 2, 4, 4).index_fill(0, torch.tensor([1]), math.nan).contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="x_T must be finite, got NaN or Inf in sample 1"):
+        run_plan(make_plan("ddim", VP, steps=3), EpsModel(lambda x, t: x, VP), x_T)
+
+
+def test_a_network_with_a_pool_of_its_own_may_write_beside_its_input():
+    pool, plan = torch.cat([normal(2, 3), normal(2, 3)]), make_plan("ddim", VP, steps=3)
+    out = run_plan(plan, EpsModel(lambda x, t: torch.mul(x, 0.5, out=pool[2:]), VP), pool[:2].clone())
+    pooled = run_plan(plan, EpsModel(lambda x, t: torch.mul(x, 0.5, out=pool[2:]), VP), pool[:2])
+    assert torch.equal(pooled, out)
+
+
 def test_nan_found_at_once_or_at_the_end():
     plan, net = make_plan("ddim", VP, timesteps=TIMES), ThirdCallFails()
     with pytest.raises(SamplingError, match=r"step 3 of 4 of sampler 'ddim': the network's output at t=0.5"):

@@ -107,6 +107,14 @@ def test_bytes_are_the_plans_registers_and_little_more(monkeypatch, name, predic
     assert watching.most <= (registers + 0.5) * x_T.numel() * x_T.element_size()
 
 
+def test_noise_in_another_layout_takes_a_part_of_the_state(monkeypatch):
+    monkeypatch.setattr("samplers.noise._AT_ONCE", 1 << 9)
+    x_T = torch.zeros(64, 3, 10, 10).contiguous(memory_format=torch.channels_last)
+    with Bytes() as watching:
+        run_plan(make_plan("ddpm", VP, steps=3), EpsModel(lambda x, t: 0.3 * x, VP), x_T, check=False)
+    assert watching.most <= 3.5 * x_T.numel() * x_T.element_size()  # the state, the output and the noise
+
+
 @every_sampler
 @every_prediction
 def test_nothing_is_made_after_the_first_step(name, predicts):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SCHEDULES
 
-from samplers import LearnedPlan, make_plan, run_plan, sample, schedules
+from samplers import EpsModel, LearnedPlan, make_plan, run_plan, sample, schedules
 from samplers.plan import Plan, PlanError
 
 VP, EDM = schedules.vp_linear(), schedules.edm()
@@ -28,6 +28,14 @@ def test_untrained_it_is_the_plan(exact, name, predicts):
     learned = LearnedPlan(plan, VP)
     assert learned.plan() == plan
     torch.testing.assert_close(learned(model, x_T, seed=3), run_plan(plan, model, x_T, seed=3), rtol=1e-12, atol=1e-12)
+
+
+def test_a_stochastic_plan_has_gradients_by_torch_func_too():
+    learned = LearnedPlan(make_plan("dpmpp-2m-sde", VP, steps=3), VP)
+    model, x_T = EpsModel(lambda x, t: 0.5 * x, VP), torch.randn(2, 3)
+    leaf = x_T.clone().requires_grad_()
+    learned(model, leaf).square().sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: learned(model, x).square().sum())(x_T), leaf.grad)
 
 
 @pytest.mark.parametrize("name", ["ddim", "heun", "dpmpp-2m", "euler-ancestral"])

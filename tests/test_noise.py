@@ -122,6 +122,27 @@ def test_a_source_gives_any_noise_at_any_time(shape):
         assert torch.equal(draw(k, like.double()).float(), expected)
 
 
+def test_a_source_goes_on_after_a_mistake_and_from_mode_to_mode():
+    like, draw = torch.empty(3, 5), SeededNoise(7, torch.arange(3, dtype=torch.int32))
+    expected = standard_normal(7, torch.arange(3), 1, (5,))
+    assert draw(0, torch.empty(6, 5)).shape == (3, 5)  # not what was asked for, which the executor says
+    with torch.inference_mode():
+        assert torch.equal(draw(0, like), expected)
+    assert torch.equal(draw(0, like).mul_(1.0), expected)
+    assert torch.equal(draw(30, like), standard_normal(7, torch.arange(3), 31, (5,)))
+
+
+def test_noise_is_drawn_where_tensors_have_no_memory_to_show():
+    expected = standard_normal(7, torch.arange(3), 2, (5,))
+
+    def squares(scale):
+        return (scale * standard_normal(7, torch.arange(3), 2, (5,))).square().sum()
+
+    assert float(torch.func.grad(squares)(torch.tensor(1.0))) == pytest.approx(2 * float(expected.square().sum()))
+    with torch.device("meta"):
+        assert torch.equal(standard_normal(7, torch.arange(3, device="cpu"), 2, (5,), device="cpu"), expected)
+
+
 def test_a_large_batch_has_the_bits_of_each_sample_alone():
     indices, shape = torch.arange(5), (3, 300, 300)  # more numbers than are drawn at once
     whole = standard_normal(7, indices, 2, shape)

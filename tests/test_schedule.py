@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -173,6 +174,7 @@ def test_betas_give_the_square_root_of_the_cumulative_product_at_the_nodes() -> 
         np.testing.assert_allclose(schedule.sigma(t), np.sqrt(1 - alphas), rtol=1e-12)
     np.testing.assert_allclose(schedule.alpha(torch.from_numpy(steps)).numpy(), np.sqrt(alphas), rtol=1e-12)
     assert schedule == schedules.from_alphas_cumprod(alphas)
+    assert schedules.from_alphas_cumprod([0.5, Fraction(1, 4)]) == schedules.from_alphas_cumprod([0.5, 0.25])
 
 
 def test_log_alpha_is_linear_between_the_nodes() -> None:

@@ -349,6 +349,11 @@ def test_strong_order_is_one(name, options, clock):
     assert not at_least(1.3, differences)
 
 
+def test_churn_has_its_published_bound_and_no_other():
+    most = make_plan("edm", EDM, steps=20, s_churn=1e5)
+    assert most == make_plan("edm", EDM, steps=20, s_churn=20.0)  # gamma = sqrt(2) - 1 from 8.3 on
+
+
 # churn -----------------------------------------------------------------------------------------------------------
 
 

@@ -322,6 +322,6 @@ def _measured(
         row |= {"slope": slope, "deviation": slope - order}
         if near and before:
             break
-        if known and slope > order:
+        if known and slope > order + TOLERANCE:
             return row | {"status": "finding", "note": known}
     return row | {"status": "pass" if near else "fail"}

@@ -142,8 +142,8 @@ def edm(
         orders: as in `heun`.
     """
     by_step = checked_orders(grid, 2, orders)
-    for name, value in (("s_churn", s_churn), ("s_noise", s_noise)):
-        check_amount(name, value)
+    check_amount("s_churn", s_churn, math.inf)  # gamma has a bound of its own
+    check_amount("s_noise", s_noise)
     if not 0 <= s_tmin <= s_tmax:
         raise ValueError(f"s_tmin and s_tmax must satisfy 0 <= s_tmin <= s_tmax, got {s_tmin} and {s_tmax}")
     p, schedule = Draft(grid, "eps"), grid.schedule
