@@ -306,45 +306,54 @@ class Discrete(Schedule):
         return self._copies[key]
 
     def _interval(self, whole: Any, like: Any, xp: Any) -> tuple[Any, Any, Any, Any]:
-        """Index, first node, slope and `alpha_is_linear` of interval `whole`, the nearest for times outside."""
+        """Index, first node, slope and `alpha_is_linear` of interval `whole`, the nearest for times outside.
+
+        The latter is None where it holds nowhere, as alpha does not end at 0.
+        """
         last = len(self._slopes) - 1
         # a time that is NaN takes any interval, and gives NaN as on other schedules
         i = np.fmin(np.fmax(whole, 0), last).astype(np.int64) if xp is np else whole.nan_to_num(0).clamp(0, last).long()
-        alpha_is_linear = i == last if self.alphas_cumprod[-1] == 0 else xp.zeros_like(i, dtype=bool)
+        alpha_is_linear = i == last if self.alphas_cumprod[-1] == 0 else None
         return i, self._table("_nodes", like)[i], self._table("_slopes", like)[i], alpha_is_linear
 
     def _forms(self, t: Any, xp: Any) -> tuple[Any, Any, Any]:
-        """`log alpha` where it is linear in t, `alpha_is_linear`, and alpha where that holds: each finite, so are gradients."""
+        """`log alpha` where it is linear in t, `alpha_is_linear`, and alpha where that holds: each finite, so are gradients.
+
+        The last two are None where alpha does not end at 0.
+        """
         i, node, slope, alpha_is_linear = self._interval(xp.floor(t) + 1, t, xp)
         w = t + 1 - i  # position in the interval, 0 .. 1
-        return node + w * slope, alpha_is_linear, xp.exp(node) * (1.0 - w.clip(max=1.0))
+        alpha = None if alpha_is_linear is None else xp.exp(node) * (1.0 - w.clip(max=1.0))
+        return node + w * slope, alpha_is_linear, alpha
 
     def _log_alpha(self, t: Any, xp: Any) -> Any:
         log_alpha, alpha_is_linear, alpha = self._forms(t, xp)
-        if self.alphas_cumprod[-1] != 0:
+        if alpha is None:
             return log_alpha
         with _quiet(xp):
             return xp.where(alpha_is_linear, xp.log(alpha), log_alpha)[()]
 
     def _alpha(self, t: Any, xp: Any) -> Any:
         log_alpha, alpha_is_linear, alpha = self._forms(t, xp)
-        return xp.where(alpha_is_linear, alpha, xp.exp(log_alpha))[()]
+        return xp.exp(log_alpha) if alpha is None else xp.where(alpha_is_linear, alpha, xp.exp(log_alpha))[()]
 
     def _dalpha(self, t: Any, xp: Any) -> Any:
         _, node, slope, alpha_is_linear = self._interval(xp.ceil(t), t, xp)
-        return xp.where(alpha_is_linear, -xp.exp(node), slope * self._alpha(t, xp))[()]
+        dalpha = slope * self._alpha(t, xp)
+        return dalpha if alpha_is_linear is None else xp.where(alpha_is_linear, -xp.exp(node), dalpha)[()]
 
     def _sigma(self, t: Any, xp: Any) -> Any:
         log_alpha, alpha_is_linear, alpha = self._forms(t, xp)
         variance = 0.0 - xp.expm1(2.0 * log_alpha)  # 0 - 0 is +0, so 1 / sigma is +inf at t = -1
-        return xp.sqrt(xp.where(alpha_is_linear, 1.0 - alpha**2, variance))[()]
+        return xp.sqrt(variance if alpha is None else xp.where(alpha_is_linear, 1.0 - alpha**2, variance))[()]
 
     def _t_of_lam(self, lam: Any, xp: Any) -> Any:
         log_alpha = _log_alpha_of_lam(lam, xp)
         number = xp.searchsorted(-self._table("_nodes", lam), -log_alpha) - 1
         i, node, slope, alpha_is_linear = self._interval(number, lam, xp)
         change = log_alpha - node
-        return i - 1 + xp.where(alpha_is_linear, -xp.expm1(change), change / slope)
+        w = change / slope
+        return i - 1 + (w if alpha_is_linear is None else xp.where(alpha_is_linear, -xp.expm1(change), w))
 
 
 def vp_linear(beta_min: float = 0.1, beta_max: float = 20.0) -> VPLinear:
