@@ -15,9 +15,8 @@ from torch import Tensor
 from distill.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from samplers import EpsModel, Plan, run_plan
 from samplers.draft import Draft
-from samplers.execute import sample_indices
 from samplers.grid import Grid
-from samplers.noise import check_seed, standard_normal
+from samplers.noise import check_seed, sample_indices, standard_normal
 from samplers.schedule import Schedule
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from samplers.errors import SamplingError, unknown
 from samplers.model import Affine, EpsModel, Scalar, require_model
-from samplers.noise import SeededNoise
+from samplers.noise import SeededNoise, sample_indices
 from samplers.plan import Plan, require_plan
 from samplers.program import Call, Program, Sum
 from samplers.schedule import Schedule
@@ -90,12 +90,10 @@ def run_plan(
     if compile is not None and (callback is not None or check == "each"):
         raise ValueError(f"compile={compile!r} runs the loop as a whole: it has no callback and no check='each'")
     require_plan("plan", plan)
-    check_start(model, x_T)
+    check_start(model, x_T, finite=check == "each")
     check_handlers(callback, cond)
     cond = {} if cond is None else cond
     draw = noise_of(noise_source, seed, indices, len(x_T), x_T.device)
-    if check == "each":
-        check_finite(x_T)
     if compile is not None:
         from samplers.compiled import run_compiled
 
@@ -349,20 +347,6 @@ def noise_of(
     return seeded if noise_source is None else noise_source
 
 
-def sample_indices(indices: Tensor | None, batch: int) -> Tensor:
-    """The sample indices of a batch, (B,) int64.
-
-    Raises:
-        ValueError: not `batch` non-negative integers.
-    """
-    if indices is None:
-        return torch.arange(batch)
-    indices = torch.as_tensor(indices)
-    if indices.shape != (batch,) or indices.is_floating_point() or (batch and int(indices.min()) < 0):
-        raise ValueError(f"indices must be {batch} non-negative integers, one for each sample, got {indices!r}")
-    return indices.to(torch.int64)
-
-
 def check_schedule(plan: Plan, schedule: Schedule) -> None:
     """Raise ValueError where the alpha and sigma of a plan's calls are not the schedule's at their times; looked at once."""
     if plan.checked_on and plan.checked_on[0] is schedule:
@@ -390,8 +374,11 @@ def check_handlers(callback: Callback | None, cond: Mapping[str, Any] | None) ->
         )
 
 
-def check_start(model: EpsModel, x_T: Tensor, name: str = "x_T") -> None:
-    """Raise TypeError or ValueError where x_T, an argument called `name`, is no state that the model's network can take."""
+def check_start(model: EpsModel, x_T: Tensor, name: str = "x_T", finite: bool = False) -> None:
+    """Raise TypeError or ValueError where x_T, an argument called `name`, is no state that the model's network can take.
+
+    NaN and Inf are looked for where `finite` asks for it.
+    """
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
         raise TypeError(
             f"{name} must be a floating-point tensor (B, ...), got {getattr(x_T, 'dtype', type(x_T).__name__)}"
@@ -402,3 +389,5 @@ def check_start(model: EpsModel, x_T: Tensor, name: str = "x_T") -> None:
         raise ValueError(f"{name} is on {x_T.device}, the network on {weights.device}; move one of them")
     if weights is not None and weights.dtype != x_T.dtype:
         raise ValueError(f"{name} is {x_T.dtype}, the network {weights.dtype}; convert one of them")
+    if finite:
+        check_finite(x_T)

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from samplers.execute import Callback, NoiseSource, Progress, check_handlers, run_plan, sample_indices
+from samplers.execute import Callback, NoiseSource, Progress, check_handlers, run_plan
 from samplers.grid import Grid, Nodes, Points
 from samplers.model import EpsModel, require_model
 from samplers.nodes import check_afs, nodes_of
-from samplers.noise import check_seed, standard_normal
+from samplers.noise import check_seed, sample_indices, standard_normal
 from samplers.plan import Plan
 from samplers.registry import Sampler, get_sampler, plain
 from samplers.transform import analytical_first_step

@@ -164,6 +164,20 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
+def sample_indices(indices: Tensor | None, batch: int) -> Tensor:
+    """The sample indices of a batch, (B,) int64.
+
+    Raises:
+        ValueError: not `batch` non-negative integers.
+    """
+    if indices is None:
+        return torch.arange(batch)
+    indices = torch.as_tensor(indices)
+    if indices.shape != (batch,) or indices.is_floating_point() or (batch and int(indices.min()) < 0):
+        raise ValueError(f"indices must be {batch} non-negative integers, one for each sample, got {indices!r}")
+    return indices.to(torch.int64)
+
+
 def check_seed(seed: int) -> int:
     """The seed as Python's integer, if it is one.
 

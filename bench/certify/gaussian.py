@@ -220,13 +220,10 @@ def stochastic_orders(
         steps: the finer counts of the doublings to try.
     """
     where, rate = SCHEDULES[schedule], noise_rate(entry, options)
-    extra: Options = {"lower_order_final": False} if "lower_order_final" in entry.options else {}
 
     @functools.cache
     def plan_of(n: int, late: bool = False) -> Plan:
-        nodes = _late_nodes(where, grid, n) if late else np.array(make_plan("ddim", where, steps=n, grid=grid).times)
-        given = {k: v(where, nodes) if v in GROWING.values() else v for k, v in options.items()}
-        return change(make_plan(entry.name, where, timesteps=nodes, **given, **extra))
+        return change(_plan(entry, options, where, grid, n, late))
 
     def of_mean(n: int, exact_start: int = 0) -> float:
         if rate is None:
@@ -244,23 +241,34 @@ def stochastic_orders(
 
     growth = other_growth(entry, options, where, grid)
     target, other = stated_weak(entry, options), no_strong_order(plan_of(steps[0]), where, rate or 1.0)
-    head: Row = {"sampler": entry.name, "setting": text(options), "schedule": schedule, "grid": grid}
-    head |= {"lower_order_final": False, "slope_exact_start": math.nan, "note": target.reason}
+    head = _head(entry, options, schedule, grid, target.reason)
     mean = head | {"kind": "weak, mean given a start"} | _measured(of_mean, target.mean, steps)
     if mean["status"] == "fail" and rate is not None:
         mean |= _exact_start(lambda n: of_mean(n, n // EXACT_START), target.mean, steps, target.reason)
     yield mean
     # a path's error falls so slowly that on the first doublings it still hides what a wrong coefficient leaves
-    for kind, of, order, finer in (
-        ("weak, variance", of_variance, target.variance, steps),
-        ("strong", of_path, target.strong, steps[2:] or steps),
-    ):
+    path = ("strong", of_path, target.strong, steps[2:] or steps)
+    for kind, of, order, finer in (("weak, variance", of_variance, target.variance, steps), path):
         row = head | {"kind": kind} | _measured(of, order, finer, known_weak(entry, options, kind, grid))
         if row["status"] == "fail":
             row |= _late(functools.partial(of, late=True), order, finer, target.reason)
         if kind == "strong" and other and order is not None:
             row["note"] = _joined(row["note"], f"{other}: {OWN_LIMIT}")
         yield row
+
+
+def _head(entry: Sampler, options: Options, schedule: str, grid: str, reason: str) -> Row:
+    """What the rows of a setting share."""
+    row: Row = {"sampler": entry.name, "setting": text(options), "schedule": schedule, "grid": grid}
+    return row | {"lower_order_final": False, "slope_exact_start": math.nan, "note": reason}
+
+
+def _plan(entry: Sampler, options: Options, schedule: Schedule, grid: str, n: int, late: bool) -> Plan:
+    """The plan of n steps that does not lower its order at the end; late: from the log-SNR -1 on."""
+    nodes = _late_nodes(schedule, grid, n) if late else np.array(make_plan("ddim", schedule, steps=n, grid=grid).times)
+    given = {k: v(schedule, nodes) if v in GROWING.values() else v for k, v in options.items()}
+    extra: Options = {"lower_order_final": False} if "lower_order_final" in entry.options else {}
+    return make_plan(entry.name, schedule, timesteps=nodes, **given, **extra)
 
 
 def _late(error_of: Callable[[int], float], order: float | None, steps: Sequence[int], reason: str) -> Row:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from samplers.adaptive import Network, Slope, check_positive, solve, widened
 from samplers.errors import SamplingError, unknown
-from samplers.execute import sample_indices
 from samplers.grid import Grid
 from samplers.model import EpsModel, require_model
-from samplers.noise import check_seed, standard_normal
+from samplers.noise import check_seed, sample_indices, standard_normal
 from samplers.tasks.states import check_tensor
 
 LogDensity = Callable[[Tensor], Tensor]
